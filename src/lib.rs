@@ -1,0 +1,8 @@
+//! Quantized KV caches for transformer inference. The data flows through the modules in this order:
+//!
+//! `codebook`, `codec`, `pack` (numbers and codes) -> `flat` (whole tensors) -> `scheme` (the recipe) -> `page` (the byte
+//! layout) -> `seal` (numbers into pages and back) -> `cache` (tables, tail, sinks) -> `attention` (on codes).
+
+pub mod codebook;
+pub mod codec;
+pub mod error;
