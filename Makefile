@@ -1,0 +1,120 @@
+# `make` lists the targets. demo and test set everything up themselves, in .venv; a second run skips what is up to date.
+PYTHON ?= python3
+DEMO   ?=
+PYTEST ?=
+
+VENV := $(CURDIR)/.venv
+BIN  := $(VENV)/bin
+PIP  := $(BIN)/python -m pip --disable-pip-version-check
+GET  := $(PIP) install --progress-bar on
+# maturin finds the interpreter and ziglang through these two.
+IN_VENV := VIRTUAL_ENV="$(VENV)" PATH="$(BIN):$$PATH"
+
+MATURIN := maturin==1.16.0
+ZIG     := ziglang==0.15.2
+# The wheel for this machine; `make wheel` puts those for others into dist/ itself.
+LOCAL   := dist/local
+SOURCES := Cargo.toml pyproject.toml README.md LICENSE $(shell find src python benches -type f \
+             ! -name '*.so' ! -name '*.pyc' ! -path '*/.*' 2>/dev/null)
+
+SHELL       := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help demo test build wheel sdist lint fmt docs bench clean rust python alone
+
+help: ## list the targets
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+demo: $(VENV)/.with-demo ## set up, then generate with a real model through the packed cache (DEMO="--scheme nqkv ...")
+	$(BIN)/nqkv-rs demo $(DEMO)
+
+test: rust lint alone python ## set up, then run everything that must pass: Rust, lint, types, wheel, Python
+
+build: $(VENV)/.installed ## build the wheel for this machine and install it into .venv
+
+# --- the venv: every stamp lies in it, so that removing .venv forgets them all --------------------------------------
+
+$(VENV)/.tools:
+	@echo "== venv: $(VENV)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(GET) $(MATURIN)
+	@touch $@
+
+$(LOCAL)/.built: $(SOURCES) | $(VENV)/.tools
+	@echo "== wheel for this machine (a cold release build takes a few minutes)"
+	@rm -rf $(LOCAL)
+	$(IN_VENV) $(BIN)/maturin build --release --interpreter $(BIN)/python --out $(LOCAL)
+	@touch $@
+
+# --force-reinstall: pip would keep an older build of the same version. --no-deps: it would download torch again.
+$(VENV)/.installed: $(LOCAL)/.built
+	$(GET) $(LOCAL)/*.whl
+	$(PIP) install --quiet --force-reinstall --no-deps $(LOCAL)/*.whl
+	@touch $@
+
+# .with-demo, .with-test, ...: the wheel with the extra of that name.
+$(VENV)/.with-%: $(VENV)/.installed $(VENV)/.extra-%
+	@touch $@
+
+# The extras are resolved again only when pyproject.toml changes, not for each new wheel.
+$(VENV)/.extra-%: pyproject.toml | $(VENV)/.installed
+	@echo "== packages of the extra '$*' (torch, where it is missing, is 4 GB: about three minutes)"
+	$(GET) "$$(echo $(LOCAL)/*.whl)[$*]"
+	@touch $@
+
+# --- the parts of `make test` ---------------------------------------------------------------------------------------
+
+rust: ## cargo: fmt, clippy with and without the Python module, tests, benches build
+	cargo fmt --check
+	cargo clippy --all-targets -- -D warnings
+	cargo clippy --all-targets --features python -- -D warnings
+	cargo test
+	cargo bench --no-run
+
+lint: $(VENV)/.with-lint $(VENV)/.with-test ## ruff, mypy --strict, stubtest on the installed module, API page up to date
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy --strict
+	$(BIN)/python -m mypy.stubtest nqkv_rs._core
+	$(BIN)/python docs/build_api.py --check
+
+# An empty venv outside the checkout holds the wheel and numpy, nothing else.
+alone: $(LOCAL)/.built ## the wheel alone runs quantize and doctor
+	dir=$$(mktemp -d) && trap 'rm -rf "$$dir"' EXIT && $(PYTHON) -m venv "$$dir/venv" && \
+	"$$dir/venv/bin/python" -m pip --disable-pip-version-check install --quiet $(LOCAL)/*.whl && \
+	cp tests/wheel_alone.py "$$dir" && cd "$$dir" && venv/bin/python wheel_alone.py
+
+python: $(VENV)/.with-test ## pytest on the installed wheel, the real model included (PYTEST="-k page")
+	$(BIN)/python -m pytest $(PYTEST)
+
+# --- the rest -------------------------------------------------------------------------------------------------------
+
+wheel: sdist $(VENV)/.zig ## abi3 manylinux2014 wheel and sdist into dist/
+	rm -f dist/*.whl
+	$(IN_VENV) $(BIN)/maturin build --release --zig --compatibility manylinux2014 --interpreter $(BIN)/python --out dist
+
+sdist: $(VENV)/.tools ## source distribution into dist/
+	rm -f dist/*.tar.gz
+	$(IN_VENV) $(BIN)/maturin sdist --out dist
+
+$(VENV)/.zig: $(VENV)/.tools
+	$(GET) $(ZIG)
+	@touch $@
+
+fmt: $(VENV)/.with-lint ## format Rust and Python in place
+	cargo fmt
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+docs: $(VENV)/.with-demo ## write docs/api.md from the docstrings
+	$(BIN)/python docs/build_api.py
+
+bench: ## criterion benches (no Python needed)
+	cargo bench
+
+clean: ## remove build products; .venv stays
+	cargo clean
+	rm -rf dist .pytest_cache .mypy_cache .ruff_cache
+	rm -f $(VENV)/.installed $(VENV)/.with-*
