@@ -3,6 +3,11 @@
 //! `codebook`, `codec`, `pack` (numbers and codes) -> `flat` (whole tensors) -> `scheme` (the recipe) -> `page` (the byte
 //! layout) -> `seal` (numbers into pages and back) -> `cache` (tables, tail, sinks) -> `attention` (on codes).
 
+pub mod cache;
 pub mod codebook;
 pub mod codec;
 pub mod error;
+pub mod page;
+pub mod scheme;
+pub mod seal;
+pub mod tensor;
