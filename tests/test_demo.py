@@ -1,0 +1,233 @@
+"""The evaluation protocol on a tiny random model, and the demo on the real one."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from nqkv_rs import models  # noqa: E402
+from nqkv_rs.evaluation import (  # noqa: E402
+    Fp8Cache,
+    divergence,
+    divergences,
+    long_text,
+    text_sha256,
+    windows,
+)
+
+KEYS = {
+    "model",
+    "scheme",
+    "context_tokens",
+    "text_dense",
+    "text_packed",
+    "cache_bytes",
+    "dense_bytes",
+    "ratio",
+    "effective_bits",
+    "tokens_per_second",
+    "scored_tokens",
+    "text_sha256",
+    "packed_read_share",
+    "kl_mean",
+    "kl_mean_fp8",
+    "top1_agreement",
+}
+PROTOCOL = {"window": 96, "chunk": 16, "skip": 24, "scored": 100}
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Any:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=211,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        # Large weights: attention of a fresh model is flat, and would hide what a cache does to it.
+        initializer_range=0.3,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def ids() -> Any:
+    return torch.randint(0, 211, (2, 96), generator=torch.Generator().manual_seed(1))
+
+
+def test_a_dense_cache_costs_nothing(tiny: Any, ids: Any) -> None:
+    got = divergence(tiny, transformers.DynamicCache, ids, **PROTOCOL)
+    assert (got.kl_mean, got.kl_stderr, got.top1_agreement) == (0.0, 0.0, 1.0)
+    # Whole windows are taken: 100 positions need two of 72.
+    assert got.scored_tokens == 144
+    assert got.packed_read_share is None
+
+
+def test_fp8_costs_something_and_schemes_do_not_disturb_each_other(tiny: Any, ids: Any) -> None:
+    alone = divergence(tiny, Fp8Cache, ids, **PROTOCOL)
+    both = divergences(tiny, {"fp8": Fp8Cache, "dense": transformers.DynamicCache}, ids, **PROTOCOL)
+    assert 0.0 < alone.kl_mean < 1.0
+    assert 0.0 < alone.kl_stderr < alone.kl_mean
+    assert 0.0 < alone.top1_agreement <= 1.0
+    assert both["fp8"] == alone
+    assert both["dense"].kl_mean == 0.0
+
+
+def test_kl_is_the_definition(tiny: Any, ids: Any) -> None:
+    row = ids[:1]
+    got = divergence(tiny, Fp8Cache, row, window=96, chunk=16, skip=24, scored=72)
+    cache, parts = Fp8Cache(), []
+    with torch.inference_mode():
+        dense = tiny(row).logits[0, 24:].double().softmax(-1)
+        for start in range(0, 96, 8):
+            parts.append(tiny(row[:, start : start + 8], past_key_values=cache).logits[0])
+    packed = torch.cat(parts)[24:].double().softmax(-1)
+    expected = (dense * (dense / packed).log()).sum(-1).mean()
+    # Another chunk size and a dense pass in one go: fp32 noise only.
+    assert got.kl_mean == pytest.approx(float(expected), rel=0.05)
+
+
+def test_progress_reaches_the_end_and_chunks_respect_the_border(tiny: Any, ids: Any) -> None:
+    seen: list[tuple[int, int]] = []
+    divergence(
+        tiny,
+        transformers.DynamicCache,
+        ids.flatten(),
+        **PROTOCOL,
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert seen[-1] == (192, 192)
+    assert (24, 192) in seen
+    steps = [b[0] - a[0] for a, b in zip([(0, 0), *seen], seen, strict=False)]
+    assert max(steps) == 16
+
+
+def test_reads_are_counted_over_the_scored_part_only(tiny: Any, ids: Any) -> None:
+    class Counting(transformers.DynamicCache):  # type: ignore[misc]
+        """Pretends that before position 24 nothing, and after it half, was read from pages."""
+
+        def stats(self) -> dict[str, int]:
+            n = self.get_seq_length()
+            return {"attended_positions": 10 * n, "packed_positions": 5 * max(n - 24, 0)}
+
+    got = divergence(tiny, Counting, ids, **PROTOCOL)
+    assert got.packed_read_share == 0.5
+
+
+def test_nan_is_never_perfect(tiny: Any, ids: Any) -> None:
+    class Broken(transformers.DynamicCache):  # type: ignore[misc]
+        def update(self, k: Any, v: Any, *args: Any, **kwargs: Any) -> Any:
+            return super().update(k, v * float("nan"), *args, **kwargs)
+
+    assert math.isnan(divergence(tiny, Broken, ids, **PROTOCOL).kl_mean)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"skip": 96}, "skip < window"),
+        ({"chunk": 0}, "chunk > 0"),
+        ({"scored": 1000}, "at least 14 windows"),
+    ],
+)
+def test_sizes_that_make_no_sense_are_refused(
+    tiny: Any, ids: Any, changed: dict[str, int], said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        divergence(tiny, transformers.DynamicCache, ids, **{**PROTOCOL, **changed})
+
+
+def test_e4m3_saturates_and_rounds() -> None:
+    cache = Fp8Cache()
+    x = torch.tensor([1e4, -1e4, 1.06, 0.0]).view(1, 1, 1, 4)
+    keys, values = cache.update(x, x, 0)
+    assert keys.flatten().tolist() == values.flatten().tolist() == [448.0, -448.0, 1.0, 0.0]
+
+
+def test_the_long_text_is_long_and_the_same_every_time() -> None:
+    text = long_text()
+    assert len(text) > 300_000
+    assert text_sha256(text) == text_sha256(long_text())
+    assert len(text_sha256(text)) == 64
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_windows_begin_as_the_tokenizer_begins_a_text(special: bool) -> None:
+    class Letters:
+        bos_token_id = 7
+
+        def __call__(
+            self, text: str, add_special_tokens: bool = True, verbose: bool = True
+        ) -> dict[str, list[int]]:
+            head = [7] if special and add_special_tokens else []
+            return {"input_ids": head + [ord(c) for c in text]}
+
+    got = windows(Letters(), "abcdefgh", window=4, count=2).tolist()
+    letters = [[7, 97, 98, 99], [7, 100, 101, 102]] if special else [[*b"abcd"], [*b"efgh"]]
+    assert got == letters
+    with pytest.raises(ValueError, match="too short"):
+        windows(Letters(), "ab", window=4, count=1)
+
+
+def test_a_name_that_is_no_model_is_refused_by_name(tmp_path: Any) -> None:
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        models.load("./nowhere", say=lambda line: None)
+    with pytest.raises(FileNotFoundError, match="got 0 GGUF files"):
+        models.load(str(tmp_path), say=lambda line: None)
+    (tmp_path / "x.gguf").write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match="expected a GGUF file"):
+        models.load(str(tmp_path / "x.gguf"), say=lambda line: None)
+    with pytest.raises(ValueError, match="dtype"):
+        models.load(dtype="int4", say=lambda line: None)
+
+
+def test_a_folder_is_loaded_as_it_is(tiny: Any, tmp_path: Any) -> None:
+    backend = pytest.importorskip("tokenizers")
+    words = backend.Tokenizer(backend.models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
+    tiny.save_pretrained(tmp_path)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
+    lines: list[str] = []
+    loaded = models.load(str(tmp_path), dtype="float64", say=lines.append)
+    assert loaded.model.dtype == torch.float64
+    assert not loaded.model.training
+    assert len(lines) == 1
+    assert loaded.tokenizer("a")["input_ids"] == [0]
+
+
+@pytest.mark.model
+@pytest.mark.skipif(not importlib.util.find_spec("gguf"), reason="needs the package gguf")
+def test_demo_on_the_real_model(capsys: pytest.CaptureFixture[str]) -> None:
+    from nqkv_rs.cli import main
+
+    assert main(["demo", "--json"]) == 0
+    objects = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [o["scheme"] for o in objects] == ["nqkv4", "nqkv"]
+    for o in objects:
+        assert set(o) == KEYS
+        assert set(o["cache_bytes"]) == {"codes", "scales", "tail", "sinks", "total"}
+        assert set(o["tokens_per_second"]) == {"dense", "packed"}
+        assert o["cache_bytes"]["total"] == sum(
+            o["cache_bytes"][part] for part in ("codes", "scales", "tail", "sinks")
+        )
+        assert o["ratio"] == pytest.approx(o["dense_bytes"] / o["cache_bytes"]["total"])
+        assert o["context_tokens"] == 2048
+        assert o["scored_tokens"] >= 3000
+        assert "gravity" in o["text_packed"].lower()
+        assert o["text_sha256"] == text_sha256(long_text())
+    nqkv4, nqkv = objects
+    assert nqkv4["kl_mean"] <= 0.010
+    assert nqkv4["kl_mean"] < nqkv4["kl_mean_fp8"]
+    assert nqkv["kl_mean"] >= 10 * nqkv4["kl_mean"]
+    assert nqkv4["top1_agreement"] > 0.9
+    assert nqkv4["packed_read_share"] > 0.85
+    assert nqkv["packed_read_share"] > 0.95
