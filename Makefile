@@ -5,7 +5,8 @@ PYTEST ?=
 
 VENV := $(CURDIR)/.venv
 BIN  := $(VENV)/bin
-PIP  := $(BIN)/python -m pip --disable-pip-version-check
+PY   := $(BIN)/python
+PIP  := $(PY) -m pip --disable-pip-version-check
 GET  := $(PIP) install --progress-bar on
 # maturin finds the interpreter and ziglang through these two.
 IN_VENV := VIRTUAL_ENV="$(VENV)" PATH="$(BIN):$$PATH"
@@ -14,8 +15,9 @@ MATURIN := maturin==1.16.0
 ZIG     := ziglang==0.15.2
 # The wheel for this machine; `make wheel` puts those for others into dist/ itself.
 LOCAL   := dist/local
-SOURCES := Cargo.toml pyproject.toml README.md LICENSE $(shell find src python benches -type f \
-             ! -name '*.so' ! -name '*.pyc' ! -path '*/.*' 2>/dev/null)
+SOURCES := $(wildcard Cargo.toml Cargo.lock pyproject.toml README.md LICENSE) \
+           $(shell find src python cuda/ptx -type f ! -name '*.so' ! -name '*.pyc' ! -path '*/.*' 2>/dev/null)
+EXTRAS  := demo test lint
 
 SHELL       := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -38,14 +40,14 @@ build: $(VENV)/.installed ## build the wheel for this machine and install it int
 
 $(VENV)/.tools:
 	@echo "== venv: $(VENV)"
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(GET) $(MATURIN)
 	@touch $@
 
 $(LOCAL)/.built: $(SOURCES) | $(VENV)/.tools
 	@echo "== wheel for this machine (a cold release build takes a few minutes)"
 	@rm -rf $(LOCAL)
-	$(IN_VENV) $(BIN)/maturin build --release --interpreter $(BIN)/python --out $(LOCAL)
+	$(IN_VENV) $(PY) -m maturin build --release --interpreter $(PY) --out $(LOCAL)
 	@touch $@
 
 # --force-reinstall: pip would keep an older build of the same version. --no-deps: it would download torch again.
@@ -55,11 +57,11 @@ $(VENV)/.installed: $(LOCAL)/.built
 	@touch $@
 
 # .with-demo, .with-test, ...: the wheel with the extra of that name.
-$(VENV)/.with-%: $(VENV)/.installed $(VENV)/.extra-%
+$(EXTRAS:%=$(VENV)/.with-%): $(VENV)/.with-%: $(VENV)/.installed $(VENV)/.extra-%
 	@touch $@
 
 # The extras are resolved again only when pyproject.toml changes, not for each new wheel.
-$(VENV)/.extra-%: pyproject.toml | $(VENV)/.installed
+$(EXTRAS:%=$(VENV)/.extra-%): $(VENV)/.extra-%: pyproject.toml | $(VENV)/.installed
 	@echo "== packages of the extra '$*' (torch, where it is missing, is 4 GB: about three minutes)"
 	$(GET) "$$(echo $(LOCAL)/*.whl)[$*]"
 	@touch $@
@@ -74,11 +76,11 @@ rust: ## cargo: fmt, clippy with and without the Python module, tests, benches b
 	cargo bench --no-run
 
 lint: $(VENV)/.with-lint $(VENV)/.with-test ## ruff, mypy --strict, stubtest on the installed module, API page up to date
-	$(BIN)/ruff check
-	$(BIN)/ruff format --check
-	$(BIN)/mypy --strict
-	$(BIN)/python -m mypy.stubtest nqkv_rs._core
-	$(BIN)/python docs/build_api.py --check
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m mypy --strict
+	$(PY) -m mypy.stubtest nqkv_rs._core
+	$(PY) docs/build_api.py --check
 
 # An empty venv outside the checkout holds the wheel and numpy, nothing else.
 alone: $(LOCAL)/.built ## the wheel alone runs quantize and doctor
@@ -87,17 +89,17 @@ alone: $(LOCAL)/.built ## the wheel alone runs quantize and doctor
 	cp tests/wheel_alone.py "$$dir" && cd "$$dir" && venv/bin/python wheel_alone.py
 
 python: $(VENV)/.with-test ## pytest on the installed wheel, the real model included (PYTEST="-k page")
-	$(BIN)/python -m pytest $(PYTEST)
+	$(PY) -m pytest $(PYTEST)
 
 # --- the rest -------------------------------------------------------------------------------------------------------
 
 wheel: sdist $(VENV)/.zig ## abi3 manylinux2014 wheel and sdist into dist/
 	rm -f dist/*.whl
-	$(IN_VENV) $(BIN)/maturin build --release --zig --compatibility manylinux2014 --interpreter $(BIN)/python --out dist
+	$(IN_VENV) $(PY) -m maturin build --release --zig --compatibility manylinux2014 --interpreter $(PY) --out dist
 
 sdist: $(VENV)/.tools ## source distribution into dist/
 	rm -f dist/*.tar.gz
-	$(IN_VENV) $(BIN)/maturin sdist --out dist
+	$(IN_VENV) $(PY) -m maturin sdist --out dist
 
 $(VENV)/.zig: $(VENV)/.tools
 	$(GET) $(ZIG)
@@ -105,11 +107,11 @@ $(VENV)/.zig: $(VENV)/.tools
 
 fmt: $(VENV)/.with-lint ## format Rust and Python in place
 	cargo fmt
-	$(BIN)/ruff check --fix
-	$(BIN)/ruff format
+	$(PY) -m ruff check --fix
+	$(PY) -m ruff format
 
 docs: $(VENV)/.with-demo ## write docs/api.md from the docstrings
-	$(BIN)/python docs/build_api.py
+	$(PY) docs/build_api.py
 
 bench: ## criterion benches (no Python needed)
 	cargo bench

@@ -1,4 +1,4 @@
-"""Write docs/api.md from the docstrings of `nqkv_rs.__all__`; with --check, fail if it is out of date.
+"""Write docs/api.md from the docstrings of `nqkv_rs.__all__`; with --check, only compare.
 
 Needs the installed package and the extra [transformers] (for `NqkvCache`), nothing else.
 """
@@ -19,17 +19,35 @@ HEAD = """# API reference
 """
 
 
+class Text(str):
+    """Prints without quotes, as an annotation stands in the source."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def plain(annotation: Any) -> Any:
+    """Annotations of `from __future__ import annotations` are strings; everything else stays."""
+    return Text(annotation) if isinstance(annotation, str) else annotation
+
+
 def signature(name: str, obj: Any) -> str:
     """The call as one types it; without arguments where the object tells none."""
     try:
         sig = inspect.signature(obj)
     except (TypeError, ValueError):
         return f"{name}(...)"
-    line = f"{name}{sig}"
+    sig = sig.replace(
+        parameters=[p.replace(annotation=plain(p.annotation)) for p in sig.parameters.values()],
+        return_annotation=plain(sig.return_annotation),
+    )
+    # The address of an object that serves as a default differs from run to run.
+    sig_text = re.sub(r" at 0x[0-9a-f]+", "", str(sig))
+    line = f"{name}{sig_text}"
     if len(line) <= 100:
         return line
-    # `*` and `/` are no parameters of their own, so split the printed form at commas outside brackets.
-    printed, tail = str(sig), ""
+    # `*` and `/` are no parameters of their own: split the printed form at outer commas.
+    printed, tail = sig_text, ""
     if " -> " in printed:
         printed, tail = printed.rsplit(" -> ", 1)
         tail = f" -> {tail}"
@@ -44,7 +62,7 @@ def signature(name: str, obj: Any) -> str:
 
 
 def doc(name: str, obj: Any) -> str:
-    """The object's own docstring. One that is only inherited says nothing about it, so it counts as none."""
+    """The object's own docstring; a class that only inherits one has none."""
     text = obj.__doc__ if isinstance(obj, type) else inspect.getdoc(obj)
     if not text or not text.strip():
         raise SystemExit(f"docs/build_api.py: expected a docstring on {name}, found none")
@@ -56,7 +74,7 @@ def doc(name: str, obj: Any) -> str:
 
 
 def methods(cls: type) -> list[tuple[str, Any, str]]:
-    """Public members that the class itself defines: (name, object, kind), in the order of the source."""
+    """Public members that the class itself defines, in its order: (name, object, kind)."""
     found = []
     for name, raw in vars(cls).items():
         if name.startswith("_"):

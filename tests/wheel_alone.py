@@ -1,4 +1,4 @@
-"""The wheel with numpy and nothing else: `quantize` and `doctor` must run (`make alone` calls this)."""
+"""The wheel with numpy and nothing else runs `quantize` and `doctor`; `make alone` calls this."""
 
 import importlib.util
 import json
