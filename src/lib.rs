@@ -6,8 +6,12 @@
 pub mod cache;
 pub mod codebook;
 pub mod codec;
+pub mod dlpack;
 pub mod error;
 pub mod page;
 pub mod scheme;
 pub mod seal;
 pub mod tensor;
+
+#[cfg(feature = "python")]
+mod python;

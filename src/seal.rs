@@ -282,7 +282,7 @@ mod tests {
     fn pages_come_back_for_awkward_shapes() {
         for name in Scheme::presets() {
             let scheme = Scheme::preset(name).unwrap();
-            let tolerance = if *name == "kivi2" { 0.7 } else { 0.4 };
+            let tolerance = if *name == "kivi2" { 0.9 } else { 0.4 };
             for (heads, kd, vd) in [(1, 16, 16), (3, 64, 64), (2, 80, 48), (1, 256, 256), (5, 20, 33), (8, 128, 128)] {
                 round_trip(&scheme, heads, kd, vd, tolerance);
             }
@@ -295,9 +295,9 @@ mod tests {
         scheme.key.codebook = crate::scheme::BookSpec::Name("nf8".into());
         scheme.value.codebook = crate::scheme::BookSpec::Name("nf8".into());
         scheme.key.channel_order = Some(vec![(0..32).rev().collect(), (0..32).map(|c| (c * 5 + 3) % 32).collect()]);
-        round_trip(&scheme, 2, 32, 32, 0.05);
+        round_trip(&scheme, 2, 32, 32, 0.2);
         scheme.key.widths = Some(vec![8, 6]);
-        round_trip(&scheme, 2, 32, 32, 0.15);
+        round_trip(&scheme, 2, 32, 32, 0.25);
     }
 
     #[test]

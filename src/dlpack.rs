@@ -1,0 +1,263 @@
+//! DLPack's C structs (1.x and the older unversioned form) and what this crate reads of them. No Python here.
+
+use std::ffi::c_void;
+
+use crate::error::{Error, Result};
+use crate::tensor::{Dtype, View};
+
+/// `DLDevice`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct DlDevice {
+    /// 1 is host memory.
+    pub kind: i32,
+    /// Ordinal.
+    pub id: i32,
+}
+
+/// `DLDataType`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct DlDataType {
+    /// 0 int, 1 uint, 2 float, 4 bfloat, ...
+    pub code: u8,
+    /// Bits of an element.
+    pub bits: u8,
+    /// Vector lanes.
+    pub lanes: u16,
+}
+
+/// `DLTensor`.
+#[repr(C)]
+#[derive(Debug)]
+pub struct DlTensor {
+    data: *mut c_void,
+    device: DlDevice,
+    ndim: i32,
+    dtype: DlDataType,
+    shape: *const i64,
+    strides: *const i64,
+    byte_offset: u64,
+}
+
+/// `DLManagedTensor`, before DLPack 1.0.
+#[repr(C)]
+#[derive(Debug)]
+pub struct DlManagedTensor {
+    /// The tensor.
+    pub tensor: DlTensor,
+    manager: *mut c_void,
+    deleter: *mut c_void,
+}
+
+/// `DLManagedTensorVersioned`.
+#[repr(C)]
+#[derive(Debug)]
+pub struct DlManagedTensorVersioned {
+    /// Major version: with another than 1, nothing else may be read.
+    pub major: u32,
+    /// Minor version.
+    pub minor: u32,
+    manager: *mut c_void,
+    deleter: *mut c_void,
+    /// Bit 0: read only.
+    pub flags: u64,
+    /// The tensor.
+    pub tensor: DlTensor,
+}
+
+/// Element type of a foreign tensor, as far as this crate takes it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Element {
+    /// A float.
+    Float(Dtype),
+    /// Bytes.
+    U8,
+}
+
+/// A checked description of a foreign host tensor.
+#[derive(Debug, Clone)]
+pub struct TensorRef {
+    /// First element.
+    pub data: *mut u8,
+    /// Element type.
+    pub element: Element,
+    /// Shape.
+    pub shape: Vec<usize>,
+    /// Strides in elements.
+    pub strides: Vec<isize>,
+    /// Whether the producer forbids writing.
+    pub read_only: bool,
+}
+
+impl TensorRef {
+    /// Reads and checks a `DLTensor`.
+    ///
+    /// # Safety
+    /// `tensor` must be a live `DLTensor` whose shape and strides arrays have `ndim` entries (or NULL strides).
+    pub unsafe fn new(what: &str, tensor: &DlTensor, read_only: bool) -> Result<Self> {
+        if tensor.device.kind != 1 {
+            let got = format!("a tensor on device type {} (id {})", tensor.device.kind, tensor.device.id);
+            return Err(Error::memory(what, "a tensor in host memory (DLPack device type 1)", got));
+        }
+        if tensor.dtype.lanes != 1 {
+            return Err(Error::dtype(what, "one lane per element", format!("{} lanes", tensor.dtype.lanes)));
+        }
+        let element = match (tensor.dtype.code, tensor.dtype.bits) {
+            (2, 64) => Element::Float(Dtype::F64),
+            (2, 32) => Element::Float(Dtype::F32),
+            (2, 16) => Element::Float(Dtype::F16),
+            (4, 16) => Element::Float(Dtype::Bf16),
+            (1, 8) => Element::U8,
+            (code, bits) => {
+                let kind = match code {
+                    0 => "int",
+                    1 => "uint",
+                    2 => "float",
+                    4 => "bfloat",
+                    5 => "complex",
+                    6 => "bool",
+                    _ => "DLPack type code ",
+                };
+                let name = if code > 6 { format!("{kind}{code} of {bits} bits") } else { format!("{kind}{bits}") };
+                return Err(Error::dtype(what, "float64, float32, float16, bfloat16 (or uint8 for codes)", name));
+            }
+        };
+        let ndim = usize::try_from(tensor.ndim).ok().filter(|&n| n <= 64);
+        let Some(ndim) = ndim.filter(|&n| n == 0 || !tensor.shape.is_null()) else {
+            return Err(Error::shape(what, "0 to 64 dimensions with a shape array", tensor.ndim));
+        };
+        // SAFETY: the caller promises `ndim` entries; a NULL shape was refused above (an empty slice needs none).
+        let shape = if ndim == 0 { &[][..] } else { unsafe { std::slice::from_raw_parts(tensor.shape, ndim) } };
+        let size = match element {
+            Element::Float(d) => d.bytes() as i128,
+            Element::U8 => 1,
+        };
+        // No product of extents, and no reach of strides, may leave the address space.
+        let elements: Option<i128> = shape.iter().try_fold(1i128, |n, &s| {
+            (s >= 0).then(|| n * i128::from(s)).filter(|&n| n * size <= isize::MAX as i128)
+        });
+        let Some(elements) = elements else {
+            return Err(Error::shape(what, "non-negative extents that fit in memory", format!("{shape:?}")));
+        };
+        let strides: Vec<isize> = if tensor.strides.is_null() {
+            let mut strides = vec![1isize; ndim];
+            for i in (1..ndim).rev() {
+                strides[i - 1] = strides[i].saturating_mul(shape[i].max(1) as isize);
+            }
+            strides
+        } else {
+            // SAFETY: not NULL: `ndim` entries, as the caller promises.
+            unsafe { std::slice::from_raw_parts(tensor.strides, ndim) }.iter().map(|&s| s as isize).collect()
+        };
+        if elements > 0 {
+            let (mut low, mut high) = (0i128, 0i128);
+            for (&s, &stride) in shape.iter().zip(&strides) {
+                let reach = (i128::from(s) - 1) * stride as i128 * size;
+                if reach < 0 { low += reach } else { high += reach }
+            }
+            let address = tensor.data as i128 + i128::from(tensor.byte_offset);
+            if tensor.data.is_null() || address + low < 0 || address + high + size > i128::from(u64::MAX) / 2 {
+                let got = format!("shape {shape:?}, strides {strides:?}, data {:?}", tensor.data);
+                return Err(Error::memory(what, "elements inside the address space", got));
+            }
+        }
+        let data = tensor.data.cast::<u8>().wrapping_add(tensor.byte_offset as usize);
+        Ok(Self { data, element, shape: shape.iter().map(|&s| s as usize).collect(), strides, read_only })
+    }
+
+    /// Elements.
+    pub fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// No elements.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Element type, refusing bytes.
+    pub fn float(&self, what: &str) -> Result<Dtype> {
+        match self.element {
+            Element::Float(d) => Ok(d),
+            Element::U8 => Err(Error::dtype(what, "float64, float32, float16 or bfloat16", "uint8")),
+        }
+    }
+
+    /// Refuses anything that is not row-major without gaps.
+    pub fn check_contiguous(&self, what: &str) -> Result<()> {
+        let mut expected = 1isize;
+        for (&s, &stride) in self.shape.iter().zip(&self.strides).rev() {
+            if s > 1 && stride != expected {
+                let got = format!("shape {:?} with strides {:?}", self.shape, self.strides);
+                return Err(Error::memory(what, "a contiguous (row-major) tensor", got));
+            }
+            expected = expected.saturating_mul(s as isize);
+        }
+        Ok(())
+    }
+
+    /// Refuses a tensor that cannot be an output of `shape`.
+    pub fn check_output(&self, what: &str, shape: &[usize]) -> Result<()> {
+        if self.shape != shape {
+            return Err(Error::shape(what, format!("{shape:?}"), format!("{:?}", self.shape)));
+        }
+        if self.read_only {
+            return Err(Error::memory(what, "a writable tensor", "a read-only one"));
+        }
+        self.check_contiguous(what)
+    }
+
+    /// A `[batch, heads, tokens, dim]` view.
+    ///
+    /// # Safety
+    /// The memory must stay alive and unwritten while the view is used.
+    pub unsafe fn view(&self, what: &str) -> Result<View> {
+        let dtype = self.float(what)?;
+        let shape: [usize; 4] = self.shape.as_slice().try_into().map_err(|_| {
+            Error::shape(what, "4 dimensions [batch, heads, tokens, dim]", format!("{:?}", self.shape))
+        })?;
+        let strides = [self.strides[0], self.strides[1], self.strides[2], self.strides[3]];
+        // SAFETY: `new` checked that every element lies in the address space; the producer vouches for the memory and the
+        // caller for its lifetime.
+        Ok(unsafe { View::new(self.data, dtype, shape, strides) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn describe(shape: &[i64], strides: Option<&[i64]>, code: u8, bits: u8, device: i32) -> Result<TensorRef> {
+        let mut memory = [0u64; 64];
+        let tensor = DlTensor {
+            data: memory.as_mut_ptr().cast(),
+            device: DlDevice { kind: device, id: 0 },
+            ndim: shape.len() as i32,
+            dtype: DlDataType { code, bits, lanes: 1 },
+            shape: shape.as_ptr(),
+            strides: strides.map_or(std::ptr::null(), <[i64]>::as_ptr),
+            byte_offset: 8,
+        };
+        // SAFETY: the arrays live until the end of this function, and nothing reads the elements.
+        unsafe { TensorRef::new("x", &tensor, false) }
+    }
+
+    #[test]
+    fn null_strides_mean_contiguous() {
+        let t = describe(&[2, 3, 4], None, 2, 32, 1).unwrap();
+        assert_eq!(t.strides, [12, 4, 1]);
+        assert!(t.check_contiguous("x").is_ok());
+    }
+
+    #[test]
+    fn hostile_descriptions_are_refused() {
+        let refused = |r: Result<TensorRef>| r.unwrap_err().to_string();
+        assert!(refused(describe(&[-1, 4], None, 2, 32, 1)).contains("non-negative"));
+        assert!(refused(describe(&[i64::MAX, i64::MAX], None, 2, 32, 1)).contains("fit in memory"));
+        assert!(refused(describe(&[2, 2], Some(&[i64::MIN, 1]), 2, 32, 1)).contains("address space"));
+        assert!(refused(describe(&[2, 2], Some(&[i64::MAX, 1]), 2, 32, 1)).contains("address space"));
+        assert!(refused(describe(&[2], None, 0, 32, 1)).contains("int32"));
+        assert!(refused(describe(&[2], None, 2, 32, 2)).contains("device type 2"));
+    }
+}
