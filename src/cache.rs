@@ -268,9 +268,8 @@ impl LayerCache {
         (c.heads * c.key.layout.dim * z, c.heads * c.value.layout.dim * z)
     }
 
-    /// Appends the same number of tokens to every sequence: `k` is `[batch, kv_heads, tokens, key_dim]`, `v` likewise.
-    /// One by one or in bulk, the bytes are the same. Needs [`LayerCache::rows_needed`] free rows.
-    pub fn append(&mut self, k: &View, v: &View) -> Result<()> {
+    /// Refuses what [`LayerCache::append`] would refuse of its arguments, so that a caller can find out before it makes rows.
+    pub fn check_append(&self, k: &View, v: &View) -> Result<()> {
         let (heads, kd, vd) = (self.codec.heads, self.codec.key.layout.dim, self.codec.value.layout.dim);
         let tokens = k.shape()[2];
         for (what, view, dim) in [("k", k, kd), ("v", v, vd)] {
@@ -279,12 +278,18 @@ impl LayerCache {
                 return Err(Error::shape(what, format!("{expected:?}"), format!("{:?}", view.shape())));
             }
         }
-        let (needed, free) = (self.rows_needed(tokens), self.pool.free.len());
+        k.check_finite("k", self.exact)?;
+        v.check_finite("v", self.exact)
+    }
+
+    /// Appends the same number of tokens to every sequence: `k` is `[batch, kv_heads, tokens, key_dim]`, `v` likewise.
+    /// One by one or in bulk, the bytes are the same. Needs [`LayerCache::rows_needed`] free rows.
+    pub fn append(&mut self, k: &View, v: &View) -> Result<()> {
+        self.check_append(k, v)?;
+        let (needed, free) = (self.rows_needed(k.shape()[2]), self.pool.free.len());
         if needed > free {
             return Err(Error::Exhausted { needed, free });
         }
-        k.check_finite("k", self.exact)?;
-        v.check_finite("v", self.exact)?;
         let mut jobs = Vec::new();
         for b in 0..self.batch() {
             self.append_one(b, k, v, &mut jobs);

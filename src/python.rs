@@ -226,6 +226,13 @@ impl LayerCache {
         Ok(())
     }
 
+    fn check_append(&self, py: Python<'_>, k: &Bound<'_, PyAny>, v: &Bound<'_, PyAny>) -> PyResult<()> {
+        let (k, v) = (Borrowed::new("k", k)?, Borrowed::new("v", v)?);
+        let views = (k.view("k")?, v.view("v")?);
+        py.detach(|| self.lock().check_append(&views.0, &views.1))?;
+        Ok(())
+    }
+
     fn append(&self, py: Python<'_>, k: &Bound<'_, PyAny>, v: &Bound<'_, PyAny>) -> PyResult<()> {
         let (k, v) = (Borrowed::new("k", k)?, Borrowed::new("v", v)?);
         let views = (k.view("k")?, v.view("v")?);

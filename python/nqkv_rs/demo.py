@@ -7,7 +7,7 @@ Three measurements, each where it means something:
   short prompt most of a packed cache is still its exact tail. Bytes are those allocated for the
   cache right after the prefill of exactly so many tokens, and are compared with 16 bits per number
   whatever the model's dtype. Tokens per second are those of greedy decoding from there on, without
-  the prefill, dense and packed alike.
+  the prefill; dense and packed caches take turns token by token.
 * **Quality** by the protocol of :mod:`nqkv_rs.evaluation`, beside a plain e4m3 cache.
 
 With ``--json``, standard output gets one object per scheme and nothing else. Keys:
@@ -107,7 +107,11 @@ def run(options: argparse.Namespace) -> int:
             raise ValueError(f"--scheme: expected one of {', '.join(known)}, got {name!r}")
 
     console = Console(stderr=options.json, highlight=False)
-    say = lambda line: console.print(f"[dim]{line}[/dim]", markup=True)  # noqa: E731
+
+    def say(line: str) -> None:
+        # Not markup: paths may hold [brackets].
+        console.print(line, style="dim", markup=False)
+
     loaded = models.load(options.model, device=options.device, dtype=options.dtype, say=say)
     bench = _Bench(loaded, options, console)
     rows = bench.measure(schemes)
@@ -132,7 +136,7 @@ class _Bench:
 
         text = evaluation.long_text()
         prompt = self._prompt()
-        self.console.print(f"\n[bold]{self.options.prompt}[/bold]", markup=True)
+        self.console.print(f"\n{self.options.prompt}", style="bold", markup=False)
         dense_text = self._generate("dense", prompt, self._dense)
         texts = {name: self._generate(name, prompt, self._packed(name)) for name in schemes}
 
@@ -140,16 +144,13 @@ class _Bench:
             self.loaded.tokenizer, text, window=self.options.context, count=1
         )
         self.console.print(f"\n[dim]Memory and speed at {context.shape[1]} tokens[/dim]")
-        dense_speed, _ = self._at_context("dense", context, self._dense)
-        speeds = {name: self._at_context(name, context, self._packed(name)) for name in schemes}
-
+        speeds, usages = self._at_context(schemes, context)
         quality: dict[str, Result] = {}
         if not self.options.skip_quality:
             quality = self._quality(schemes, text)
         rows = []
         for name in schemes:
-            speed, usage = speeds[name]
-            result = quality.get(name)
+            usage, result = usages[name], quality.get(name)
             rows.append(
                 {
                     "model": self.loaded.name,
@@ -161,7 +162,7 @@ class _Bench:
                     "dense_bytes": int(usage["dense"]),
                     "ratio": float(usage["ratio"]),
                     "effective_bits": float(usage["effective_bits"]),
-                    "tokens_per_second": {"dense": dense_speed, "packed": speed},
+                    "tokens_per_second": {"dense": speeds["dense"], "packed": speeds[name]},
                     "scored_tokens": result.scored_tokens if result else 0,
                     "text_sha256": evaluation.text_sha256(text),
                     "packed_read_share": result.packed_read_share if result else None,
@@ -222,7 +223,8 @@ class _Bench:
             past_key_values=make(),
             max_new_tokens=self.options.max_new_tokens,
             do_sample=False,
-            pad_token_id=self.loaded.tokenizer.pad_token_id or self.loaded.tokenizer.eos_token_id,
+            # Nothing is padded; given only so that transformers does not warn about its absence.
+            pad_token_id=0,
             streamer=ToConsole(self.loaded.tokenizer, skip_prompt=True, skip_special_tokens=True),
         )
         seconds = time.perf_counter() - started
@@ -231,28 +233,40 @@ class _Bench:
         return str(self.loaded.tokenizer.decode(new, skip_special_tokens=True))
 
     def _at_context(
-        self, name: str, context: Any, make: Callable[[], Any]
-    ) -> tuple[float, dict[str, Any]]:
-        """Prefill the long text; returns decoded tokens per second and the memory before them."""
+        self, schemes: list[str], context: Any
+    ) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
+        """Prefill the long text; decoded tokens per second of all, memory of the packed ones."""
         import torch
 
-        cache, tokens = make(), context.to(self.model.device)
-        with torch.inference_mode(), self.console.status(f"{name}: prefill"):
-            # In pieces, so that a long context needs no quadratic mask.
-            for piece in tokens.split(512, dim=1):
-                out = self.model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            usage = cache.memory_usage() if hasattr(cache, "memory_usage") else {}
-            # The first step is not timed: it may allocate, plan or warn.
+        caches = {"dense": self._dense(), **{name: self._packed(name)() for name in schemes}}
+        spent = dict.fromkeys(caches, 0.0)
+        last: dict[str, Any] = {}
+        with torch.inference_mode(), self.console.status("prefill") as status:
+            for name, cache in caches.items():
+                status.update(f"{name}: prefill")
+                # In pieces, so that a long context needs no quadratic mask.
+                for piece in context.to(self.model.device).split(512, dim=1):
+                    last[name] = self._step(piece, cache)
+            usages = {name: caches[name].memory_usage() for name in schemes}
+            # In turns: whatever else the machine does meanwhile hits all of them alike. The first
+            # step is not timed; it may allocate or plan.
             for step in range(_TIMED + 1):
-                if step == 1:
+                status.update(f"decoding {step} of {_TIMED}")
+                for name, cache in caches.items():
                     self._wait()
                     started = time.perf_counter()
-                token = out.logits[:, -1:].argmax(-1)
-                out = self.model(token, past_key_values=cache, use_cache=True)
-            self._wait()
-            speed = _TIMED / (time.perf_counter() - started)
-        self.console.print(f"[dim]{name}: {speed:.1f} tokens per second[/dim]")
-        return speed, usage
+                    last[name] = self._step(last[name], cache)
+                    self._wait()
+                    spent[name] += (time.perf_counter() - started) if step else 0.0
+        speeds = {name: _TIMED / seconds for name, seconds in spent.items()}
+        for name, speed in speeds.items():
+            self.console.print(f"[dim]{name}: {speed:.1f} tokens per second[/dim]")
+        return speeds, usages
+
+    def _step(self, tokens: Any, cache: Any) -> Any:
+        """Feed tokens; returns the one that the model prefers next."""
+        out = self.model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return out.logits[:, -1:].argmax(-1)
 
     def _wait(self) -> None:
         import torch

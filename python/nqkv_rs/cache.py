@@ -1,0 +1,184 @@
+"""One layer's cache over memory that Python owns: for engine and kernel authors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from nqkv_rs import _core
+from nqkv_rs.scheme import Scheme
+
+__all__ = ["LayerCache"]
+
+Allocate = Callable[[int, int, int], Any]
+
+
+def _numpy_rows(rows: int, kv_heads: int, page_bytes: int) -> Any:
+    return np.empty((rows, kv_heads, page_bytes), dtype=np.uint8)
+
+
+class LayerCache:
+    """The packed cache of one attention layer: ``sinks | pages | tail`` for each sequence.
+
+    Tensors are anything that speaks DLPack in host memory (NumPy arrays, PyTorch CPU tensors), in
+    float64, float32, float16 or bfloat16 (NumPy's through ml_dtypes), with any strides. Calls lock
+    the cache: threads may share one, and see whole calls.
+
+    Args:
+        scheme: a preset's name, a :class:`Scheme`, or a mapping of its JSON form.
+        kv_heads: KV heads of the layer.
+        key_dim: head size of keys, 1 to 256; padded to a multiple of 16 in pages.
+        value_dim: head size of values; keys' if None.
+        batch: sequences.
+        exact_dtype: element type of exact tokens (tail and sinks), unless the scheme names one.
+        allocate: ``(rows, kv_heads, page_bytes) -> uint8 array`` of that shape, contiguous and
+            writable; NumPy's ``empty`` if None.
+
+    Attributes:
+        pool: the arrays that hold all pages, ``[rows, kv_heads, page_bytes]`` uint8, in the page
+            format that ``src/page.rs`` draws.
+
+    Raises:
+        ValueError: a number or shape outside its domain.
+        NotImplementedError: a combination that this version does not have.
+
+    Example:
+        >>> import numpy as np
+        >>> cache = LayerCache("nqkv4", kv_heads=2, key_dim=64)
+        >>> k, v = np.random.randn(2, 1, 2, 200, 64).astype("float32")
+        >>> cache.append(k, v)
+        >>> cache.attend(np.ones((1, 4, 1, 64), "float32")).shape
+        (1, 1, 4, 64)
+    """
+
+    def __init__(
+        self,
+        scheme: str | Scheme | Mapping[str, Any] = "nqkv4",
+        *,
+        kv_heads: int,
+        key_dim: int,
+        value_dim: int | None = None,
+        batch: int = 1,
+        exact_dtype: str = "float32",
+        allocate: Allocate | None = None,
+    ) -> None:
+        self.scheme = Scheme.of(scheme)
+        self.key_dim = key_dim
+        self.value_dim = key_dim if value_dim is None else value_dim
+        self._allocate = allocate or _numpy_rows
+        self.core = _core.LayerCache(
+            self.scheme.to_json(), kv_heads, key_dim, self.value_dim, exact_dtype, batch
+        )
+        self.pool: list[Any] = []
+
+    def append(self, k: Any, v: Any) -> None:
+        """Append the same number of tokens to every sequence; one by one or in bulk, the bytes are the same.
+
+        Args:
+            k: keys, ``[batch, kv_heads, tokens, key_dim]``; must be finite.
+            v: values, ``[batch, kv_heads, tokens, value_dim]``; must be finite.
+
+        Raises:
+            ValueError: a wrong shape, or a NaN or infinity (named by its index).
+            TypeError: a wrong dtype or device. After any error the cache is as it was.
+        """
+        shape = tuple(k.shape)
+        if len(shape) == 4:
+            missing = self.core.rows_needed(shape[2]) - self.core.free_rows
+            if missing > 0:
+                self.core.check_append(k, v)
+                rows = self._allocate(missing, self.core.kv_heads, self.core.page_bytes)
+                self.core.add_rows(rows)
+                self.pool.append(rows)
+        self.core.append(k, v)
+
+    def attend(
+        self,
+        q: Any,
+        *,
+        out: Any | None = None,
+        scale: float | None = None,
+        starts: Sequence[int] | None = None,
+        fresh: tuple[Any, Any] | None = None,
+        window: int | None = None,
+        soft_cap: float | None = None,
+        lse: Any | None = None,
+    ) -> Any:
+        """Attention of queries on the cache, read from codes. Call after the queries' own tokens were appended.
+
+        Query ``i`` of ``n`` stands at position ``tokens - n + i`` and attends every earlier position
+        and its own.
+
+        Args:
+            q: ``[batch, q_heads, n, key_dim]``; ``q_heads`` is a multiple of ``kv_heads``. In
+                float64 the arithmetic is float64 too, otherwise float32.
+            out: where to write, ``[batch, n, q_heads, value_dim]``, contiguous; a new NumPy
+                float32 array (float64 for a float64 ``q``) if None.
+            scale: multiplies scores; ``key_dim ** -0.5`` if None.
+            starts: for each sequence the first position that may be attended (left padding).
+            fresh: exact keys and values of the newest ``n`` tokens, read instead of the cache's.
+            window: a query at ``p`` attends ``p - window + 1 ..= p``.
+            soft_cap: scores become ``soft_cap * tanh(score / soft_cap)``.
+            lse: where to write the log-sum-exp of scores, float32 ``[batch, n, q_heads]``.
+
+        Returns:
+            ``out``. A query that may attend nothing gets zeros, and log-sum-exp minus infinity.
+
+        Raises:
+            ValueError: a wrong shape, or fewer tokens in the cache than queries.
+            TypeError: a wrong dtype or device.
+        """
+        if out is None:
+            b, heads, n, _ = q.shape
+            dtype = "float64" if str(q.dtype).endswith("float64") else "float32"
+            out = np.empty((b, n, heads, self.value_dim), dtype=dtype)
+        self.attend_into(
+            q, out, scale, starts=starts, fresh=fresh, window=window, soft_cap=soft_cap, lse=lse
+        )
+        return out
+
+    def attend_into(
+        self,
+        q: Any,
+        out: Any,
+        scale: float | None,
+        *,
+        starts: Sequence[int] | None = None,
+        fresh: tuple[Any, Any] | None = None,
+        window: int | None = None,
+        soft_cap: float | None = None,
+        lse: Any | None = None,
+    ) -> tuple[int, int]:
+        """:meth:`attend` into ``out``, returning what was read.
+
+        Returns:
+            Attended positions, and those of them that were read from pages, each summed over
+            sequences and queries.
+        """
+        fresh_k, fresh_v = fresh if fresh is not None else (None, None)
+        return self.core.attend(
+            q,
+            out,
+            1 / math.sqrt(self.key_dim) if scale is None else scale,
+            starts=None if starts is None else list(starts),
+            fresh_k=fresh_k,
+            fresh_v=fresh_v,
+            window=window,
+            soft_cap=soft_cap,
+            lse=lse,
+        )
+
+    def tokens(self, sequence: int = 0) -> int:
+        """Tokens of a sequence."""
+        return self.core.tokens(sequence)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes allocated: ``codes``, ``scales`` (fields, padding, tables), ``tail``, ``sinks``, ``total``."""
+        return self.core.memory()
+
+    def reset(self) -> None:
+        """Drop every token. The pool's memory stays, for reuse."""
+        self.core.reset()

@@ -1,0 +1,317 @@
+"""One full-attention layer of a transformers cache, stored in pages."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from nqkv_rs.cache import LayerCache
+from nqkv_rs.integrations.packed import PackedKV
+from nqkv_rs.scheme import Scheme
+
+__all__ = ["NqkvLayer", "Shared"]
+
+_COUNTERS = (
+    "packed_decode",
+    "packed_chunk",
+    "exact_prefill",
+    "dequantized",
+    "attended_positions",
+    "packed_positions",
+)
+
+
+class Shared:
+    """What the layers of one cache share: settings, counters, the mask of the current step.
+
+    Args:
+        prefill: ``"exact"`` or ``"quantized"``.
+        strict: raise where a slow path would be taken.
+    """
+
+    def __init__(self, prefill: str, strict: bool) -> None:
+        self.prefill = prefill
+        self.strict = strict
+        self.counters = dict.fromkeys(_COUNTERS, 0)
+        self.warned = False
+        self._mask: torch.Tensor | None = None
+        self._starts: list[int] | None = None
+
+    def left_padding(self, mask: torch.Tensor, queries: int, tokens: int) -> list[int] | None:
+        """First attended position of each sequence, if the mask is causal with left padding; else None.
+
+        All layers of a step pass the same mask, so it is judged once.
+
+        Args:
+            mask: a boolean keep-mask, ``[batch or 1, 1, queries, tokens]``.
+            queries: new tokens.
+            tokens: tokens in the cache, the new ones included.
+        """
+        if mask is self._mask:
+            return self._starts
+        self._mask, self._starts = mask, None
+        if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1] != 1:
+            return None
+        if mask.shape[2] != queries or mask.shape[3] != tokens:
+            return None
+        keep = mask[:, 0]
+        starts = tokens - keep[:, -1].sum(-1)
+        position = torch.arange(tokens, device=mask.device)
+        causal = position <= torch.arange(tokens - queries, tokens, device=mask.device)[:, None]
+        if bool((keep == (causal & (position >= starts[:, None, None]))).all()):
+            self._starts = [int(s) for s in starts]
+        return self._starts
+
+    def slow_path(self, reason: str) -> None:
+        """Count a dequantization, and warn once (or raise, if strict).
+
+        Args:
+            reason: which operation wanted dense numbers.
+        """
+        text = (
+            f"{reason} wants dense keys or values, so this layer's whole cache is dequantized for the call. "
+            "Expected attention through sdpa, or set_attn_implementation('nqkv'), with a causal or "
+            "left-padded mask"
+        )
+        if self.strict:
+            raise RuntimeError(f"strict=True: {text}")
+        self.counters["dequantized"] += 1
+        if not self.warned:
+            self.warned = True
+            warnings.warn(f"nqkv_rs: {text}", stacklevel=4)
+
+
+class NqkvLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+    """A layer of an :class:`~nqkv_rs.NqkvCache`.
+
+    Args:
+        scheme: the recipe.
+        shared: what all layers share.
+
+    Attributes:
+        pool: uint8 tensors ``[rows, kv_heads, page_bytes]`` that hold the pages.
+    """
+
+    is_sliding = False
+    is_croppable = True
+    is_compileable = False
+
+    def __init__(self, scheme: Scheme, shared: Shared) -> None:
+        super().__init__()
+        self.scheme = scheme
+        self.shared = shared
+        self.cache: LayerCache | None = None
+        self.kv_heads = 0
+
+    @property
+    def pool(self) -> list[Any]:
+        """The tensors that hold the pages."""
+        return [] if self.cache is None else self.cache.pool
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """Dequantized keys ``[batch, kv_heads, tokens, key_dim]``, made anew at each access."""
+        return None if self.cache is None else self._read()[0]
+
+    @keys.setter
+    def keys(self, value: None) -> None:
+        if value is not None:
+            raise AttributeError("keys: a packed layer is written by update() only")
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """Dequantized values ``[batch, kv_heads, tokens, value_dim]``, made anew at each access."""
+        return None if self.cache is None else self._read()[1]
+
+    @values.setter
+    def values(self, value: None) -> None:
+        if value is not None:
+            raise AttributeError("values: a packed layer is written by update() only")
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Fit the layer to the first keys and values.
+
+        Args:
+            key_states: ``[batch, kv_heads, tokens, key_dim]``.
+            value_states: ``[batch, kv_heads, tokens, value_dim]``.
+
+        Raises:
+            NotImplementedError: they are not in host memory.
+        """
+        if key_states.device.type != "cpu":
+            raise NotImplementedError(
+                f"NqkvCache: expected a model on the CPU, got tensors on {key_states.device}; "
+                "CUDA kernels are not in this version"
+            )
+        batch, self.kv_heads, _, key_dim = key_states.shape
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.cache = LayerCache(
+            self.scheme,
+            kv_heads=self.kv_heads,
+            key_dim=key_dim,
+            value_dim=value_states.shape[-1],
+            batch=batch,
+            exact_dtype=str(key_states.dtype).removeprefix("torch."),
+            allocate=lambda n, heads, size: torch.empty((n, heads, size), dtype=torch.uint8),
+        )
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append, and return what attention should read.
+
+        Args:
+            key_states: new keys, ``[batch, kv_heads, tokens, key_dim]``, after RoPE.
+            value_states: new values.
+            *args: ignored, as in transformers.
+            **kwargs: ignored, as in transformers.
+
+        Returns:
+            A pair of :class:`~nqkv_rs.integrations.packed.PackedKV`; for a prompt into an empty
+            cache with ``prefill="exact"``, the keys and values as they came.
+        """
+        k, v = key_states.detach(), value_states.detach()
+        if self.cache is None:
+            self.lazy_initialization(k, v)
+        assert self.cache is not None
+        before, queries = self.cache.tokens(), k.shape[2]
+        self.cache.append(k, v)
+        exact = self.shared.prefill == "exact" and queries > 1
+        if exact and before == 0:
+            self.shared.counters["exact_prefill"] += 1
+            return key_states, value_states
+        return (
+            self._packed("k", k, queries, k if exact else None),
+            self._packed("v", v, queries, v if exact else None),
+        )
+
+    def _packed(
+        self, which: str, x: torch.Tensor, queries: int, fresh: torch.Tensor | None
+    ) -> PackedKV:
+        shape = (x.shape[0], x.shape[1], self.get_seq_length(), x.shape[3])
+        return PackedKV.make(self, which, shape, x, queries, fresh)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        scale: float | None,
+        fresh_k: torch.Tensor | None,
+        fresh_v: torch.Tensor | None,
+        *,
+        starts: list[int] | None = None,
+        window: int | None = None,
+        soft_cap: float | None = None,
+    ) -> torch.Tensor:
+        """Attention on pages; see :meth:`nqkv_rs.LayerCache.attend`.
+
+        Args:
+            query: ``[batch, q_heads, queries, key_dim]``.
+            scale: multiplies scores; ``key_dim ** -0.5`` if None.
+            fresh_k: exact keys of the newest tokens, or None.
+            fresh_v: exact values of the newest tokens, or None.
+            starts: first attended position of each sequence.
+            window: sliding window.
+            soft_cap: soft cap of scores.
+
+        Returns:
+            ``[batch, queries, q_heads, value_dim]`` in the query's dtype.
+        """
+        assert self.cache is not None
+        query = query.detach()
+        b, heads, queries, _ = query.shape
+        out = torch.empty((b, queries, heads, self.cache.value_dim), dtype=query.dtype)
+        fresh = None if fresh_k is None or fresh_v is None else (fresh_k, fresh_v)
+        if starts is not None and len(starts) != b:
+            starts = starts * b
+        attended, packed = self.cache.attend_into(
+            query, out, scale, starts=starts, fresh=fresh, window=window, soft_cap=soft_cap
+        )
+        counters = self.shared.counters
+        counters["packed_decode" if queries == 1 else "packed_chunk"] += 1
+        counters["attended_positions"] += attended
+        counters["packed_positions"] += packed
+        return out
+
+    def dense(self, which: str, reason: str) -> torch.Tensor:
+        """Dequantized keys or values, for an operation that cannot read pages.
+
+        Args:
+            which: ``"k"`` or ``"v"``.
+            reason: the operation; goes into the warning.
+        """
+        self.shared.slow_path(reason)
+        return self._read()[0 if which == "k" else 1]
+
+    def _read(self) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self.cache is not None
+        core, tokens = self.cache.core, self.get_seq_length()
+        k = torch.empty((core.batch, self.kv_heads, tokens, self.cache.key_dim), dtype=self.dtype)
+        v = torch.empty((core.batch, self.kv_heads, tokens, self.cache.value_dim), dtype=self.dtype)
+        for b in range(core.batch):
+            core.read(b, 0, k[b], v[b])
+        return k, v
+
+    def get_seq_length(self) -> int:
+        """Tokens held."""
+        return 0 if self.cache is None or self.cache.core.batch == 0 else self.cache.tokens()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the mask of the next ``query_length`` tokens."""
+        # Before 5.5 this was a tensor of positions.
+        new = query_length if isinstance(query_length, int) else query_length.shape[0]
+        return self.get_seq_length() + new, 0
+
+    def get_max_length(self) -> int:
+        """-1: grows without bound."""
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.16
+
+    def reset(self) -> None:
+        """Drop every token; memory stays, for reuse."""
+        if self.cache is not None:
+            self.cache.reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest tokens.
+
+        Args:
+            tokens_to_remove: minus their number, as in transformers 5.16 and newer; a positive
+                number is the length to keep, as before.
+        """
+        if self.cache is None:
+            return
+        n = tokens_to_remove
+        self.cache.core.remove_newest(-n if n <= 0 else max(self.get_seq_length() - n, 0))
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Make each sequence what the one at its index was. Pages are shared, not copied."""
+        if self.cache is not None:
+            self.cache.core.select([int(i) for i in beam_idx])
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep these sequences (a boolean mask, or indices)."""
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero().flatten()
+        self.reorder_cache(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence. Pages are shared, not copied."""
+        if self.cache is not None:
+            batch = self.cache.core.batch
+            self.cache.core.select([i for i in range(batch) for _ in range(repeats)])
+
+    def offload(self) -> None:
+        """Refused: a packed layer stays where its model is."""
+        raise NotImplementedError("NqkvCache: offloading is not in this version")
+
+    def prefetch(self) -> None:
+        """Refused, like :meth:`offload`."""
+        raise NotImplementedError("NqkvCache: offloading is not in this version")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NqkvLayer:
+        raise NotImplementedError("NqkvCache: copying a cache is not in this version")
