@@ -3,11 +3,13 @@
 //! `codebook`, `codec`, `pack` (numbers and codes) -> `flat` (whole tensors) -> `scheme` (the recipe) -> `page` (the byte
 //! layout) -> `seal` (numbers into pages and back) -> `cache` (tables, tail, sinks) -> `attention` (on codes).
 
+pub mod attention;
 pub mod cache;
 pub mod codebook;
 pub mod codec;
 pub mod dlpack;
 pub mod error;
+pub mod pack;
 pub mod page;
 pub mod scheme;
 pub mod seal;
