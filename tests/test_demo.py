@@ -53,7 +53,7 @@ def tiny() -> Any:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=256,
+        max_position_embeddings=2048,
         # Large weights: attention of a fresh model is flat, and would hide what a cache does to it.
         initializer_range=0.3,
     )
@@ -191,39 +191,75 @@ def test_a_name_that_is_no_model_is_refused_by_name(tmp_path: Any) -> None:
         models.load(dtype="int4", say=lambda line: None)
 
 
-def test_a_folder_is_loaded_as_it_is(tiny: Any, tmp_path: Any) -> None:
+@pytest.fixture(scope="module")
+def folder(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The tiny model with a tokenizer of a few words, as a user's folder."""
     backend = pytest.importorskip("tokenizers")
-    words = backend.Tokenizer(backend.models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
-    tiny.save_pretrained(tmp_path)
-    transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
+    words = backend.Tokenizer(backend.models.WordLevel({"the": 0, "?": 1, "of": 2}, unk_token="?"))
+    words.pre_tokenizer = backend.pre_tokenizers.Whitespace()
+    path = str(tmp_path_factory.mktemp("tiny"))
+    tiny.save_pretrained(path)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(path)
+    return path
+
+
+def test_a_folder_is_loaded_as_it_is(folder: str) -> None:
     lines: list[str] = []
-    loaded = models.load(str(tmp_path), dtype="float64", say=lines.append)
+    loaded = models.load(folder, dtype="float64", say=lines.append)
     assert loaded.model.dtype == torch.float64
     assert not loaded.model.training
     assert len(lines) == 1
-    assert loaded.tokenizer("a")["input_ids"] == [0]
+    assert loaded.tokenizer("the")["input_ids"] == [0]
+
+
+def check_shape(o: dict[str, Any]) -> None:
+    """Exactly the keys that users were promised, and bytes that add up."""
+    assert set(o) == KEYS
+    parts = ("codes", "scales", "tail", "sinks")
+    assert set(o["cache_bytes"]) == {*parts, "total"}
+    assert o["cache_bytes"]["total"] == sum(o["cache_bytes"][part] for part in parts)
+    assert set(o["tokens_per_second"]) == {"dense", "packed"}
+    assert o["ratio"] == pytest.approx(o["dense_bytes"] / o["cache_bytes"]["total"])
+    assert o["effective_bits"] == pytest.approx(16 / o["ratio"])
+    assert o["text_sha256"] == text_sha256(long_text())
+
+
+def run_demo(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict[str, Any]]:
+    from nqkv_rs.cli import main
+
+    status = main(["demo", "--json", *arguments])
+    out, err = capsys.readouterr()
+    assert status == 0, err
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def test_demo_on_a_tiny_model(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("rich")
+    arguments = ["--model", folder, "--context", "256", "--max-new-tokens", "8"]
+    quick = run_demo(capsys, *arguments, "--skip-quality", "--scheme", "nqkv", "--scheme", "nqkv")
+    assert [o["scheme"] for o in quick] == ["nqkv"]
+    check_shape(quick[0])
+    # bf16 bytes of the same tokens: K and V, 2 layers, 2 heads of 16, whatever the model's dtype.
+    assert (quick[0]["context_tokens"], quick[0]["dense_bytes"]) == (256, 2 * 2 * 2 * 16 * 256 * 2)
+    assert quick[0]["kl_mean"] is None and quick[0]["scored_tokens"] == 0
+
+    (full,) = run_demo(capsys, *arguments, "--scored", "1500", "--scheme", "nqkv4")
+    check_shape(full)
+    assert full["scored_tokens"] == 1536
+    assert full["kl_mean"] > 0 and full["kl_mean_fp8"] > 0
+    assert 0.85 < full["packed_read_share"] < 1
 
 
 @pytest.mark.model
 @pytest.mark.skipif(not importlib.util.find_spec("gguf"), reason="needs the package gguf")
 def test_demo_on_the_real_model(capsys: pytest.CaptureFixture[str]) -> None:
-    from nqkv_rs.cli import main
-
-    assert main(["demo", "--json"]) == 0
-    objects = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    objects = run_demo(capsys)
     assert [o["scheme"] for o in objects] == ["nqkv4", "nqkv"]
     for o in objects:
-        assert set(o) == KEYS
-        assert set(o["cache_bytes"]) == {"codes", "scales", "tail", "sinks", "total"}
-        assert set(o["tokens_per_second"]) == {"dense", "packed"}
-        assert o["cache_bytes"]["total"] == sum(
-            o["cache_bytes"][part] for part in ("codes", "scales", "tail", "sinks")
-        )
-        assert o["ratio"] == pytest.approx(o["dense_bytes"] / o["cache_bytes"]["total"])
+        check_shape(o)
         assert o["context_tokens"] == 2048
         assert o["scored_tokens"] >= 3000
         assert "gravity" in o["text_packed"].lower()
-        assert o["text_sha256"] == text_sha256(long_text())
     nqkv4, nqkv = objects
     assert nqkv4["kl_mean"] <= 0.010
     assert nqkv4["kl_mean"] < nqkv4["kl_mean_fp8"]
