@@ -309,9 +309,12 @@ fn normal_quantile(bits: u8, outermost: f64) -> Vec<f64> {
     negative.chain(std::iter::once(0.0)).chain(positive.into_iter().rev()).collect()
 }
 
+/// Levels by family and width.
+type Fits = HashMap<(Family, u8), Vec<f32>>;
+
 /// The fitted families, each fitted once per process.
 fn fitted(family: Family, bits: u8) -> Vec<f32> {
-    static FITS: OnceLock<Mutex<HashMap<(Family, u8), Vec<f32>>>> = OnceLock::new();
+    static FITS: OnceLock<Mutex<Fits>> = OnceLock::new();
     // A panic inside a fit leaves the map as it was, so a poisoned lock is still good.
     let mut fits = FITS.get_or_init(Mutex::default).lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     let n = 1usize << bits;
