@@ -1,0 +1,408 @@
+//! Whole tensors to codes and fields and back, outside of any page: `quantize` and `dequantize`.
+//!
+//! A tensor is `[rows, row]`, row-major. Blocks run along the last axis and never cross a row; the last block of a row may be
+//! shorter. Codes are packed over the whole tensor, fields follow block by block (scale, then mean or zero point).
+//!
+//! **bitsandbytes.** NF4 with absmax scales in fp32 and the first element in the high nibble is the 4-bit format of
+//! bitsandbytes, and this module then follows its CPU rules bit by bit, in codes, scales and decoded values: midpoints rounded
+//! in fp32 ([`Codebook::nf4_bitsandbytes`]), a short last block divided by its scale instead of multiplied by the reciprocal,
+//! an unused last nibble that holds the code of 0. Its blocks ignore rows, so pass one row. One deviation: the scale of a
+//! short last block below 1e-38 (a block of zeros, say) is stored as it is and not as 1e-38; codes are the same.
+
+use rayon::prelude::*;
+
+use crate::codebook::Codebook;
+use crate::codec::{Fields, ScaleDtype, ScaleKind, block_fields};
+use crate::error::{Error, Result};
+use crate::pack;
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(test)]
+mod tests;
+
+/// Which half of a byte holds the first of two 4-bit codes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum NibbleOrder {
+    /// The low half, as everywhere else in this crate; the only order for other widths.
+    LowFirst,
+    /// The high half, as in bitsandbytes.
+    HighFirst,
+}
+
+/// How a whole tensor is quantized.
+#[derive(Debug, Clone, PartialEq)]
+pub struct FlatSpec {
+    /// The levels.
+    pub book: Codebook,
+    /// Elements that share one scale: a multiple of 8 from 16 to 512.
+    pub block: usize,
+    /// What a block stores.
+    pub kind: ScaleKind,
+    /// How its fields are stored.
+    pub scale_dtype: ScaleDtype,
+    /// Which half of a byte comes first (4 bits only).
+    pub order: NibbleOrder,
+}
+
+/// A quantized tensor.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Quantized {
+    /// Codes, packed over the whole tensor.
+    pub codes: Vec<u8>,
+    /// Per block scale, then mean or zero point where the kind has one, little endian.
+    pub fields: Vec<u8>,
+}
+
+/// Elements per parallel piece, about: 64 KiB of fp32.
+const PIECE: usize = 16384;
+
+impl FlatSpec {
+    /// The 4-bit format of bitsandbytes at this block size.
+    pub fn bitsandbytes(block: usize) -> Self {
+        let book = Codebook::nf4_bitsandbytes();
+        Self { book, block, kind: ScaleKind::Absmax, scale_dtype: ScaleDtype::Fp32, order: NibbleOrder::HighFirst }
+    }
+
+    /// Bytes of all codes of `n` elements.
+    pub fn codes_len(&self, n: usize) -> usize {
+        pack::packed_len(n, self.book.bits())
+    }
+
+    /// Bytes of all fields of `n` elements in rows of `row`.
+    pub fn fields_len(&self, n: usize, row: usize) -> usize {
+        if n == 0 { 0 } else { n / row * row.div_ceil(self.block) * self.field_bytes() }
+    }
+
+    fn field_bytes(&self) -> usize {
+        self.kind.fields() * self.scale_dtype.bytes()
+    }
+
+    /// Errors unless this spec, and a tensor of `n` elements in rows of `row`, make sense.
+    fn check(&self, n: usize, row: usize) -> Result<()> {
+        if !(16..=512).contains(&self.block) || self.block % 8 != 0 {
+            return Err(Error::value("block", "a multiple of 8 from 16 to 512", self.block));
+        }
+        if self.order == NibbleOrder::HighFirst && self.book.bits() != 4 {
+            return Err(Error::value(
+                "nibble order",
+                "low first, unless codes have 4 bits",
+                format!("{} bits", self.book.bits()),
+            ));
+        }
+        if n > 0 && (row == 0 || n % row != 0) {
+            return Err(Error::shape("x", format!("[rows, {row}]"), format!("{n} elements")));
+        }
+        Ok(())
+    }
+}
+
+fn check_len(what: &str, expected: usize, got: usize) -> Result<()> {
+    if expected == got { Ok(()) } else { Err(Error::shape(what, format!("[{expected}] bytes"), format!("[{got}]"))) }
+}
+
+/// What encoding and decoding look up per tensor instead of per block.
+struct Plan<'a> {
+    spec: &'a FlatSpec,
+    book: Codebook,
+    /// 15 thresholds and one unused place, padded with infinity, where there are at most 16 levels.
+    thresholds: Option<[f32; 16]>,
+    /// The levels of 4-bit codes, the last one repeated to 16.
+    levels: Option<[f32; 16]>,
+    /// Whether short blocks divide by their scale.
+    divide: bool,
+    simd: bool,
+}
+
+impl<'a> Plan<'a> {
+    fn new(spec: &'a FlatSpec, simd: bool) -> Self {
+        let theirs = Codebook::nf4_bitsandbytes();
+        let divide = spec.book.levels() == theirs.levels()
+            && (spec.kind, spec.scale_dtype, spec.order) == (ScaleKind::Absmax, ScaleDtype::Fp32, NibbleOrder::HighFirst);
+        let book = if divide { theirs } else { spec.book.clone() };
+        let pad =
+            |from: &[f32], with: f32| (from.len() <= 16).then(|| std::array::from_fn(|i| from.get(i).copied().unwrap_or(with)));
+        let thresholds = if book.levels().len() <= 16 { pad(book.thresholds(), f32::INFINITY) } else { None };
+        let levels = if book.bits() == 4 { pad(book.levels(), book.levels()[book.levels().len() - 1]) } else { None };
+        Self { spec, book, thresholds, levels, divide, simd: simd && simd_available() }
+    }
+
+    /// Fields of one block.
+    fn fields(&self, x: &[f32]) -> Fields {
+        match self.spec.kind {
+            ScaleKind::Absmax => Fields { scale: self.spec.scale_dtype.round(absmax(x, self.simd)), zero: 0.0 },
+            kind => block_fields(x, kind, self.spec.scale_dtype),
+        }
+    }
+
+    /// Codes of one block, one per byte.
+    fn encode(&self, x: &[f32], fields: Fields, out: &mut [u8]) {
+        if self.divide && x.len() < self.spec.block {
+            let scale = fields.scale.max(1e-38);
+            for (code, v) in out.iter_mut().zip(x) {
+                *code = self.book.encode(v / scale);
+            }
+            return;
+        }
+        let inverse = fields.inverse();
+        let done = match &self.thresholds {
+            #[cfg(target_arch = "x86_64")]
+            Some(t) if self.simd => {
+                assert!(out.len() >= x.len());
+                // SAFETY: `simd` is only set where `available` is true; the length is checked above.
+                unsafe { avx2::encode(x, fields.zero, inverse, t, out) }
+            }
+            _ => 0,
+        };
+        let mut scaled = [0f32; 512];
+        let scaled = &mut scaled[..x.len() - done];
+        for (s, v) in scaled.iter_mut().zip(&x[done..]) {
+            *s = (v - fields.zero) * inverse;
+        }
+        self.book.encode_slice(scaled, &mut out[done..x.len()]);
+    }
+
+    /// Packs codes that are below the limit by construction.
+    fn pack(&self, codes: &[u8], out: &mut [u8]) -> Result<()> {
+        match self.spec.order {
+            NibbleOrder::LowFirst => pack::pack(codes, self.book.bits(), out),
+            NibbleOrder::HighFirst => pack::pack_nibbles_high_first(codes, out),
+        }
+    }
+
+    /// A piece: whole blocks, from a byte boundary on. The codes of blocks that end inside a byte wait for the next block.
+    fn quantize_piece(&self, piece: Piece<&[f32], &mut [u8]>) -> Result<()> {
+        let bits = usize::from(self.book.bits());
+        let bytes = self.spec.scale_dtype.bytes();
+        let mut fields_out = piece.fields.chunks_exact_mut(self.spec.field_bytes());
+        let (mut held, mut waiting, mut at) = ([0u8; 520], 0, 0);
+        for block in piece.numbers.chunks(piece.row).flat_map(|row| row.chunks(self.spec.block)) {
+            let fields = self.fields(block);
+            if let Some(out) = fields_out.next() {
+                self.spec.scale_dtype.write(out, fields.scale);
+                if self.spec.kind.fields() == 2 {
+                    self.spec.scale_dtype.write(&mut out[bytes..], fields.zero);
+                }
+            }
+            self.encode(block, fields, &mut held[waiting..waiting + block.len()]);
+            let total = waiting + block.len();
+            let whole = total / 8 * 8;
+            self.pack(&held[..whole], &mut piece.codes[at..at + whole / 8 * bits])?;
+            at += whole / 8 * bits;
+            held.copy_within(whole..total, 0);
+            waiting = total - whole;
+        }
+        if waiting > 0 {
+            self.pack(&held[..waiting], &mut piece.codes[at..])?;
+            if self.divide && waiting % 2 == 1 {
+                piece.codes[at + waiting / 2] |= self.book.zero_code();
+            }
+        }
+        Ok(())
+    }
+
+    /// Values of one block whose codes begin at element `first` of a piece.
+    fn decode(&self, bytes: &[u8], first: usize, fields: Fields, out: &mut [f32]) -> Result<()> {
+        let (bits, levels, n) = (self.book.bits(), self.book.levels(), out.len());
+        let from = first * usize::from(bits);
+        let high_first = self.spec.order == NibbleOrder::HighFirst;
+        let mut done = 0;
+        #[cfg(target_arch = "x86_64")]
+        if let Some(table) = self.levels.as_ref().filter(|_| self.simd && from % 8 == 0 && levels.len() == 16) {
+            // SAFETY: `simd` is only set where `available` is true; the function reads and writes whole groups of both.
+            done = unsafe { avx2::decode(&bytes[from / 8..], high_first, table, fields.scale, fields.zero, out) };
+            if done == n {
+                return Ok(());
+            }
+        }
+        let mut codes = [0u8; 512];
+        let codes = &mut codes[..n - done];
+        let from = from + done * usize::from(bits);
+        if from % 8 == 0 {
+            let bytes = &bytes[from / 8..from / 8 + pack::packed_len(codes.len(), bits)];
+            match self.spec.order {
+                NibbleOrder::LowFirst => pack::unpack(bytes, bits, codes.len(), codes)?,
+                NibbleOrder::HighFirst => pack::unpack_nibbles_high_first(bytes, codes.len(), codes)?,
+            }
+        } else {
+            for (i, code) in codes.iter_mut().enumerate() {
+                let bit = from + i * usize::from(bits);
+                let bit = if high_first { bit ^ 4 } else { bit };
+                let next = bytes.get(bit / 8 + 1).copied().unwrap_or(0);
+                let word = u16::from_le_bytes([bytes[bit / 8], next]);
+                *code = (word >> (bit % 8)) as u8 & (u8::MAX >> (8 - bits));
+            }
+        }
+        if levels.len() < 1 << bits {
+            let top = codes.iter().fold(0, |m, &c| m.max(c));
+            if usize::from(top) >= levels.len() {
+                return Err(Error::value("codes", format!("codes below {} ({})", levels.len(), self.book.name()), top));
+            }
+        }
+        let mut table = [0f32; 256];
+        if levels.len() <= codes.len() {
+            for (value, &level) in table.iter_mut().zip(levels) {
+                *value = fields.decode(level);
+            }
+            for (value, &code) in out[done..].iter_mut().zip(&*codes) {
+                *value = table[usize::from(code)];
+            }
+        } else {
+            for (value, &code) in out[done..].iter_mut().zip(&*codes) {
+                *value = fields.decode(levels[usize::from(code)]);
+            }
+        }
+        Ok(())
+    }
+
+    fn dequantize_piece(&self, piece: Piece<&mut [f32], &[u8]>) -> Result<()> {
+        let bytes = self.spec.scale_dtype.bytes();
+        let mut fields_in = piece.fields.chunks_exact(self.spec.field_bytes());
+        let mut first = 0;
+        for block in piece.numbers.chunks_mut(piece.row).flat_map(|row| row.chunks_mut(self.spec.block)) {
+            let stored = fields_in.next().unwrap_or_default();
+            let scale = self.spec.scale_dtype.read(stored);
+            let zero = if self.spec.kind.fields() == 2 { self.spec.scale_dtype.read(&stored[bytes..]) } else { 0.0 };
+            self.decode(piece.codes, first, Fields { scale, zero }, block)?;
+            first += block.len();
+        }
+        Ok(())
+    }
+}
+
+/// A part of a tensor that starts at a byte boundary of the codes and consists of whole blocks.
+struct Piece<N, B> {
+    numbers: N,
+    codes: B,
+    fields: B,
+    /// Row length inside the piece: blocks start anew at each multiple of it.
+    row: usize,
+}
+
+/// Lengths of the pieces and their row length. Long rows are cut at block boundaries, short ones are grouped; either way a
+/// piece has a multiple of 8 elements (the last one aside), hence whole bytes of codes.
+fn piece_lengths(n: usize, row: usize, block: usize) -> Vec<(usize, usize)> {
+    let cut = |total: usize, step: usize, row: usize| (0..total).step_by(step).map(move |at| (step.min(total - at), row));
+    if row > PIECE && (row == n || row % 8 == 0) {
+        let step = PIECE / block * block;
+        return (0..n / row).flat_map(|_| cut(row, step, step)).collect();
+    }
+    let rows = (PIECE / row).max(1).next_multiple_of(8);
+    cut(n, rows * row, row).collect()
+}
+
+fn simd_available() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return avx2::available();
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
+/// Largest magnitude by independent maxima, which the compiler turns into vector instructions.
+#[inline(always)]
+fn absmax_by_lanes<const LANES: usize>(x: &[f32]) -> f32 {
+    let larger = |a: f32, b: f32| if a > b { a } else { b };
+    let mut tops = [0f32; LANES];
+    let groups = x.chunks_exact(LANES);
+    let rest = groups.remainder();
+    for group in groups {
+        for (top, v) in tops.iter_mut().zip(group) {
+            *top = larger(v.abs(), *top);
+        }
+    }
+    tops.iter().chain(rest).fold(0.0, |m, v| larger(v.abs(), m))
+}
+
+fn absmax(x: &[f32], simd: bool) -> f32 {
+    #[cfg(target_arch = "x86_64")]
+    if simd {
+        // SAFETY: `simd` is only set where `available` is true.
+        return unsafe { avx2::absmax(x) };
+    }
+    let _ = simd;
+    absmax_by_lanes::<8>(x)
+}
+
+/// Errors on the first number that cannot be quantized: NaN, an infinity, or a magnitude whose sum over a block overflows.
+fn check_numbers(x: &[f32], kind: ScaleKind) -> Result<()> {
+    let limit = if kind == ScaleKind::MeanAbsmax { f32::MAX / 1024.0 } else { f32::MAX };
+    let fits = |v: &f32| v.abs() <= limit;
+    let bad = x.par_chunks(PIECE).position_first(|piece| !piece.iter().fold(true, |all, v| all & fits(v)));
+    let Some(piece) = bad else { return Ok(()) };
+    let index = x.iter().skip(piece * PIECE).position(|v| !fits(v)).unwrap_or_default() + piece * PIECE;
+    if x[index].is_finite() {
+        return Err(Error::value("x", format!("magnitudes up to {limit:e} around a mean"), format!("{:e} at {index}", x[index])));
+    }
+    Err(Error::NonFinite { what: "x".into(), index, got: x[index].to_string() })
+}
+
+/// Quantizes `x`, rows of `row` elements. NaN and infinities are errors.
+pub fn quantize(x: &[f32], row: usize, spec: &FlatSpec) -> Result<Quantized> {
+    spec.check(x.len(), row)?;
+    let mut codes = vec![0; spec.codes_len(x.len())];
+    let mut fields = vec![0; spec.fields_len(x.len(), row)];
+    quantize_into(x, row, spec, &mut codes, &mut fields)?;
+    Ok(Quantized { codes, fields })
+}
+
+/// [`quantize`] into slices of [`FlatSpec::codes_len`] and [`FlatSpec::fields_len`] bytes. On an error nothing is written.
+pub fn quantize_into(x: &[f32], row: usize, spec: &FlatSpec, codes: &mut [u8], fields: &mut [u8]) -> Result<()> {
+    quantize_with(x, row, spec, codes, fields, true)
+}
+
+fn quantize_with(x: &[f32], row: usize, spec: &FlatSpec, codes: &mut [u8], fields: &mut [u8], simd: bool) -> Result<()> {
+    spec.check(x.len(), row)?;
+    check_len("codes", spec.codes_len(x.len()), codes.len())?;
+    check_len("fields", spec.fields_len(x.len(), row), fields.len())?;
+    check_numbers(x, spec.kind)?;
+    let (mut x, mut codes, mut fields) = (x, codes, fields);
+    let mut pieces = Vec::new();
+    for (n, row) in if x.is_empty() { Vec::new() } else { piece_lengths(x.len(), row, spec.block) } {
+        let (numbers, rest) = x.split_at(n);
+        let (c, codes_rest) = codes.split_at_mut(spec.codes_len(n));
+        let (f, fields_rest) = fields.split_at_mut(blocks(n, row, spec.block) * spec.field_bytes());
+        pieces.push(Piece { numbers, codes: c, fields: f, row });
+        (x, codes, fields) = (rest, codes_rest, fields_rest);
+    }
+    let plan = Plan::new(spec, simd);
+    pieces.into_par_iter().try_for_each(|piece| plan.quantize_piece(piece))
+}
+
+/// Blocks of a piece of `n` elements, whose last row may be short.
+fn blocks(n: usize, row: usize, block: usize) -> usize {
+    n / row * row.div_ceil(block) + (n % row).div_ceil(block)
+}
+
+/// The numbers that `n` codes in rows of `row` stand for, into `out` of `n` elements. On an error (lengths, or codes beyond the
+/// codebook) what `out` holds is unspecified.
+pub fn dequantize(codes: &[u8], fields: &[u8], n: usize, row: usize, spec: &FlatSpec, out: &mut [f32]) -> Result<()> {
+    dequantize_with(codes, fields, n, row, spec, out, true)
+}
+
+fn dequantize_with(
+    codes: &[u8],
+    fields: &[u8],
+    n: usize,
+    row: usize,
+    spec: &FlatSpec,
+    out: &mut [f32],
+    simd: bool,
+) -> Result<()> {
+    spec.check(n, row)?;
+    check_len("codes", spec.codes_len(n), codes.len())?;
+    check_len("fields", spec.fields_len(n, row), fields.len())?;
+    if out.len() != n {
+        return Err(Error::shape("out", format!("[{n}]"), format!("[{}]", out.len())));
+    }
+    let (mut codes, mut fields, mut out) = (codes, fields, out);
+    let mut pieces = Vec::new();
+    for (n, row) in if n == 0 { Vec::new() } else { piece_lengths(n, row, spec.block) } {
+        let (numbers, rest) = out.split_at_mut(n);
+        let (c, codes_rest) = codes.split_at(spec.codes_len(n));
+        let (f, fields_rest) = fields.split_at(blocks(n, row, spec.block) * spec.field_bytes());
+        pieces.push(Piece { numbers, codes: c, fields: f, row });
+        (out, codes, fields) = (rest, codes_rest, fields_rest);
+    }
+    let plan = Plan::new(spec, simd);
+    pieces.into_par_iter().try_for_each(|piece| plan.dequantize_piece(piece))
+}

@@ -1,0 +1,87 @@
+//! The two hot loops of 4-bit codes with AVX2, bit for bit the same as the portable ones.
+
+use std::arch::x86_64::*;
+
+/// Whether this CPU runs the functions of this module.
+pub(super) fn available() -> bool {
+    is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")
+}
+
+/// Codes of `(x - zero) * inverse` for at most 16 levels. `thresholds` are padded with infinity to 15 (the last entry is not
+/// used). Encodes whole groups of 32 and returns how many numbers that were.
+///
+/// # Safety
+/// Only where [`available`] is true; `out` is at least as long as `x`.
+#[target_feature(enable = "avx2,fma")]
+pub(super) unsafe fn encode(x: &[f32], zero: f32, inverse: f32, t: &[f32; 16], out: &mut [u8]) -> usize {
+    // Bisection in registers: the root, then tables of 2, 4 and 8 thresholds picked by the bits found so far.
+    let root = _mm256_set1_ps(t[7]);
+    let second = _mm256_setr_ps(t[3], t[11], 0.0, 0.0, 0.0, 0.0, 0.0, 0.0);
+    let third = _mm256_setr_ps(t[1], t[5], t[9], t[13], 0.0, 0.0, 0.0, 0.0);
+    let fourth = _mm256_setr_ps(t[0], t[2], t[4], t[6], t[8], t[10], t[12], t[14]);
+    let (zero, inverse) = (_mm256_set1_ps(zero), _mm256_set1_ps(inverse));
+    let lane_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    let eight = |v: __m256| {
+        let v = _mm256_mul_ps(_mm256_sub_ps(v, zero), inverse);
+        let v = _mm256_and_ps(v, _mm256_cmp_ps::<_CMP_ORD_Q>(v, v)); // NaN counts as 0
+        // A true comparison is -1: doubling and subtracting appends the next bit.
+        let above = |t: __m256| _mm256_castps_si256(_mm256_cmp_ps::<_CMP_GT_OQ>(v, t));
+        let code = _mm256_sub_epi32(_mm256_setzero_si256(), above(root));
+        let code = _mm256_sub_epi32(_mm256_add_epi32(code, code), above(_mm256_permutevar8x32_ps(second, code)));
+        let code = _mm256_sub_epi32(_mm256_add_epi32(code, code), above(_mm256_permutevar8x32_ps(third, code)));
+        _mm256_sub_epi32(_mm256_add_epi32(code, code), above(_mm256_permutevar8x32_ps(fourth, code)))
+    };
+    let groups = x.len().min(out.len()) / 32;
+    for i in 0..groups {
+        // SAFETY: both slices hold at least 32 elements from 32 i on, and unaligned access is allowed.
+        unsafe {
+            let at = x.as_ptr().add(32 * i);
+            let a = _mm256_packus_epi32(eight(_mm256_loadu_ps(at)), eight(_mm256_loadu_ps(at.add(8))));
+            let b = _mm256_packus_epi32(eight(_mm256_loadu_ps(at.add(16))), eight(_mm256_loadu_ps(at.add(24))));
+            let bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(a, b), lane_order);
+            _mm256_storeu_si256(out.as_mut_ptr().add(32 * i).cast(), bytes);
+        }
+    }
+    groups * 32
+}
+
+/// Values of packed nibbles: `fma(level, scale, zero)`, computed once per level. Decodes whole groups of 32 and returns how
+/// many numbers that were.
+///
+/// # Safety
+/// Only where [`available`] is true; `bytes` hold at least `out.len()` nibbles.
+#[target_feature(enable = "avx2,fma")]
+pub(super) unsafe fn decode(bytes: &[u8], high_first: bool, levels: &[f32; 16], scale: f32, zero: f32, out: &mut [f32]) -> usize {
+    // SAFETY: `levels` holds two vectors.
+    let (low, high) = unsafe { (_mm256_loadu_ps(levels.as_ptr()), _mm256_loadu_ps(levels.as_ptr().add(8))) };
+    let (scale, zero) = (_mm256_set1_ps(scale), _mm256_set1_ps(zero));
+    let (low, high) = (_mm256_fmadd_ps(low, scale, zero), _mm256_fmadd_ps(high, scale, zero));
+    let mask = _mm_set1_epi8(15);
+    let groups = (out.len() / 32).min(bytes.len() / 16);
+    for i in 0..groups {
+        // SAFETY: 16 bytes are there from 16 i on and 32 numbers from 32 i on; unaligned access is allowed.
+        unsafe {
+            let packed = _mm_loadu_si128(bytes.as_ptr().add(16 * i).cast());
+            let (a, b) = (_mm_and_si128(packed, mask), _mm_and_si128(_mm_srli_epi16::<4>(packed), mask));
+            let (first, second) = if high_first { (b, a) } else { (a, b) };
+            let (front, back) = (_mm_unpacklo_epi8(first, second), _mm_unpackhi_epi8(first, second));
+            for (j, codes) in [front, _mm_srli_si128::<8>(front), back, _mm_srli_si128::<8>(back)].into_iter().enumerate() {
+                let codes = _mm256_cvtepu8_epi32(codes);
+                // Bit 3 of the code, moved to the sign, picks the table.
+                let pick = _mm256_castsi256_ps(_mm256_slli_epi32::<28>(codes));
+                let value = _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, codes), _mm256_permutevar8x32_ps(high, codes), pick);
+                _mm256_storeu_ps(out.as_mut_ptr().add(32 * i + 8 * j), value);
+            }
+        }
+    }
+    groups * 32
+}
+
+/// Largest magnitude of finite numbers; the order of a maximum does not matter.
+///
+/// # Safety
+/// Only where [`available`] is true.
+#[target_feature(enable = "avx2,fma")]
+pub(super) unsafe fn absmax(x: &[f32]) -> f32 {
+    super::absmax_by_lanes::<32>(x)
+}
