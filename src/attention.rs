@@ -12,6 +12,8 @@ use crate::tensor::View;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 mod fast;
+#[cfg(target_arch = "x86_64")]
+mod lanes;
 mod math;
 mod oracle;
 #[cfg(test)]

@@ -1,9 +1,8 @@
-//! AVX2, FMA and F16C.
+//! The matrix product and the fp16 reader with AVX2, FMA and F16C.
 
 use std::arch::x86_64::*;
 
 use super::math::Product;
-use crate::seal::SideCodec;
 
 /// fp16 to fp32, exactly.
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -75,26 +74,4 @@ pub(super) unsafe fn product(p: &Product, c: &mut [f32]) {
             }
         }
     }
-}
-
-/// Whether the keys' codes can be read in place.
-pub(super) fn reads_keys(_codec: &SideCodec) -> bool {
-    false
-}
-
-/// Whether the values' codes can be read in place.
-pub(super) fn reads_values(_codec: &SideCodec) -> bool {
-    false
-}
-
-/// Query and accumulator lanes.
-#[derive(Default)]
-pub(super) struct Lanes {}
-
-impl Lanes {
-    pub(super) fn begin(&mut self, _: &SideCodec, _: &SideCodec, _: usize, _: &[f32], _: (bool, bool)) {}
-    pub(super) fn keys(&mut self, _: &SideCodec, _: &[u8], _: usize, _: &[f32; 16], _: &mut [f32], _: usize) {}
-    #[allow(clippy::too_many_arguments)]
-    pub(super) fn values(&mut self, _: &SideCodec, _: &[u8], _: usize, _: usize, _: &[f32; 16], _: &[f32], _: usize) {}
-    pub(super) fn finish(&mut self, _: &SideCodec, _: usize, _: &mut [f32]) {}
 }

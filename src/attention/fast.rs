@@ -38,7 +38,7 @@ struct Room {
     tile: Scratch,
     scores: Vec<f32>,
     #[cfg(target_arch = "x86_64")]
-    lanes: super::avx2::Lanes,
+    lanes: super::lanes::Lanes,
 }
 
 struct Kernel<'a> {
@@ -102,7 +102,7 @@ fn in_place(plan: &Plan, simd: Simd) -> (bool, bool) {
     #[cfg(target_arch = "x86_64")]
     if simd == Simd::Avx2 {
         let codec = plan.cache.codec();
-        return (super::avx2::reads_keys(&codec.key), super::avx2::reads_values(&codec.value));
+        return (super::lanes::reads_keys(&codec.key, codec.heads), super::lanes::reads_values(&codec.value));
     }
     let _ = (plan, simd);
     (false, false)
@@ -184,7 +184,7 @@ impl Kernel<'_> {
                 #[cfg(target_arch = "x86_64")]
                 if self.in_place.0 {
                     let levels = self.key.sixteen();
-                    room.lanes.keys(&codec.key, half, h, &levels, &mut scores[at..], width);
+                    room.lanes.keys(&codec.key, half, &levels, tile.count, &mut scores[at..], width);
                     continue;
                 }
                 tile::keys(simd, &self.key, half, h, tile.count, &mut room.tile);
@@ -249,7 +249,7 @@ impl Kernel<'_> {
                 #[cfg(target_arch = "x86_64")]
                 if self.in_place.1 {
                     let levels = self.value.sixteen();
-                    room.lanes.values(&codec.value, half, h, tile.count, &levels, &weights[at..], stride);
+                    room.lanes.values(&codec.value, half, &levels, tile.count, &weights[at..], stride);
                     continue;
                 }
                 tile::values(simd, &self.value, half, h, tile.count, &mut room.tile);
@@ -271,7 +271,7 @@ impl Kernel<'_> {
         }
         #[cfg(target_arch = "x86_64")]
         if self.in_place.1 {
-            room.lanes.finish(&codec.value, h, acc);
+            room.lanes.finish(acc);
         }
     }
 }
