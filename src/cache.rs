@@ -301,7 +301,11 @@ impl LayerCache {
             let row = unsafe { std::slice::from_raw_parts_mut(rows[job.row as usize].0, codec.row_bytes()) };
             job.run(codec, row, exact, k, v);
         };
-        if jobs.len() > 1 { jobs.par_iter().for_each(run) } else { jobs.iter().for_each(run) }
+        if jobs.len() > 1 {
+            jobs.par_iter().for_each(run)
+        } else {
+            jobs.iter().for_each(run)
+        }
         Ok(())
     }
 

@@ -134,9 +134,8 @@ impl TensorRef {
             Element::U8 => 1,
         };
         // No product of extents, and no reach of strides, may leave the address space.
-        let elements: Option<i128> = shape.iter().try_fold(1i128, |n, &s| {
-            (s >= 0).then(|| n * i128::from(s)).filter(|&n| n * size <= isize::MAX as i128)
-        });
+        let elements: Option<i128> =
+            shape.iter().try_fold(1i128, |n, &s| (s >= 0).then(|| n * i128::from(s)).filter(|&n| n * size <= isize::MAX as i128));
         let Some(elements) = elements else {
             return Err(Error::shape(what, "non-negative extents that fit in memory", format!("{shape:?}")));
         };
@@ -214,9 +213,11 @@ impl TensorRef {
     /// The memory must stay alive and unwritten while the view is used.
     pub unsafe fn view(&self, what: &str) -> Result<View> {
         let dtype = self.float(what)?;
-        let shape: [usize; 4] = self.shape.as_slice().try_into().map_err(|_| {
-            Error::shape(what, "4 dimensions [batch, heads, tokens, dim]", format!("{:?}", self.shape))
-        })?;
+        let shape: [usize; 4] = self
+            .shape
+            .as_slice()
+            .try_into()
+            .map_err(|_| Error::shape(what, "4 dimensions [batch, heads, tokens, dim]", format!("{:?}", self.shape)))?;
         let strides = [self.strides[0], self.strides[1], self.strides[2], self.strides[3]];
         // SAFETY: `new` checked that every element lies in the address space; the producer vouches for the memory and the
         // caller for its lifetime.

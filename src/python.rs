@@ -1,19 +1,15 @@
 //! `nqkv_rs._core`: argument checks, GIL, error mapping. Nothing else.
 
-use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard};
+mod borrow;
+mod cache;
+mod flat;
 
-use pyo3::exceptions::{PyBufferError, PyNotImplementedError, PyRuntimeError, PyTypeError, PyValueError};
+use pyo3::exceptions::{PyNotImplementedError, PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::{PyCapsule, PyDict};
+use pyo3::types::PyDict;
 
-use crate::attention::{self, Queries};
-use crate::cache;
-use crate::dlpack::{DlManagedTensor, DlManagedTensorVersioned, Element, TensorRef};
 use crate::error::Error;
 use crate::scheme::Scheme;
-use crate::seal::PageCodec;
-use crate::tensor::{Dtype, View};
 
 impl From<Error> for PyErr {
     fn from(e: Error) -> Self {
@@ -24,334 +20,6 @@ impl From<Error> for PyErr {
             Error::Exhausted { .. } => PyRuntimeError::new_err(text),
             Error::Unsupported { .. } => PyNotImplementedError::new_err(text),
         }
-    }
-}
-
-/// A tensor borrowed through DLPack for the length of a call (or as long as this value lives).
-struct Borrowed<'py> {
-    tensor: TensorRef,
-    capsule: Bound<'py, PyAny>,
-}
-
-impl<'py> Borrowed<'py> {
-    fn new(what: &str, object: &Bound<'py, PyAny>) -> PyResult<Self> {
-        let py = object.py();
-        let name = || object.get_type().name().map_or_else(|_| "an object".to_owned(), |n| n.to_string());
-        if !object.hasattr("__dlpack__")? {
-            let expected = "an array with __dlpack__ (NumPy, PyTorch, ...)";
-            return Err(PyTypeError::new_err(format!("{what}: expected {expected}, got {}", name())));
-        }
-        let (kind, id): (i32, i32) = object.call_method0("__dlpack_device__")?.extract()?;
-        if kind != 1 {
-            let got = format!("a tensor on DLPack device type {kind} (id {id})");
-            return Err(Error::memory(what, "a tensor in host memory (device type 1); this version runs on CPUs", got).into());
-        }
-        // NumPy's bfloat16 is ml_dtypes', which DLPack export refuses: borrow the same bytes as uint16.
-        let brain = object.getattr("dtype").and_then(|d| d.getattr("name")).and_then(|n| n.extract::<String>());
-        let brain = brain.is_ok_and(|n| n == "bfloat16");
-        let source = if brain { object.call_method1("view", ("float16",))? } else { object.clone() };
-        let versioned = PyDict::new(py);
-        versioned.set_item("max_version", (1, 0))?;
-        let capsule = match source.call_method("__dlpack__", (), Some(&versioned)) {
-            Err(e) if e.is_instance_of::<PyTypeError>(py) => source.call_method0("__dlpack__"),
-            other => other,
-        };
-        let capsule = capsule.map_err(|e| {
-            let hint = match object.getattr("requires_grad").and_then(|r| r.extract::<bool>()) {
-                Ok(true) => "; expected a tensor that needs no gradient: pass x.detach()",
-                _ => "",
-            };
-            match e.is_instance_of::<PyBufferError>(py) || !hint.is_empty() {
-                true => PyTypeError::new_err(format!("{what}: DLPack export failed: {}{hint}", e.value(py))),
-                false => e,
-            }
-        })?;
-        let handle = capsule.cast::<PyCapsule>().map_err(|_| {
-            PyTypeError::new_err(format!("{what}: expected __dlpack__ to return a capsule, got {}", name()))
-        })?;
-        let mut tensor = if let Ok(pointer) = handle.pointer_checked(Some(c"dltensor_versioned")) {
-            // SAFETY: a capsule of this name holds a live DLManagedTensorVersioned until it is renamed.
-            let managed = unsafe { pointer.cast::<DlManagedTensorVersioned>().as_ref() };
-            if managed.major != 1 {
-                let got = format!("{}.{}", managed.major, managed.minor);
-                return Err(Error::value(format!("{what}: DLPack version"), "1.x", got).into());
-            }
-            // SAFETY: version 1 has this layout; the producer keeps shape and strides alive with the tensor.
-            unsafe { TensorRef::new(what, &managed.tensor, managed.flags & 1 != 0)? }
-        } else if let Ok(pointer) = handle.pointer_checked(Some(c"dltensor")) {
-            // SAFETY: as above, for the unversioned form.
-            unsafe { TensorRef::new(what, &pointer.cast::<DlManagedTensor>().as_ref().tensor, false)? }
-        } else {
-            let expected = "an unused DLPack capsule (dltensor or dltensor_versioned)";
-            return Err(PyTypeError::new_err(format!("{what}: expected {expected}, got another capsule")));
-        };
-        if brain {
-            tensor.element = Element::Float(Dtype::Bf16);
-        }
-        Ok(Self { tensor, capsule })
-    }
-
-    fn optional(what: &str, object: Option<&Bound<'py, PyAny>>) -> PyResult<Option<Self>> {
-        object.map(|o| Self::new(what, o)).transpose()
-    }
-
-    fn view(&self, what: &str) -> PyResult<View> {
-        // SAFETY: the capsule keeps the memory alive while `self` lives, which is longer than the call that uses the view;
-        // that nobody writes meanwhile is the documented contract of every function here.
-        Ok(unsafe { self.tensor.view(what)? })
-    }
-}
-
-/// The bytes of an output tensor; an empty one may have a NULL address.
-///
-/// # Safety
-/// `len` bytes at `address` must be writable and unused by others while the slice lives.
-unsafe fn output_bytes<'a>(address: usize, len: usize) -> &'a mut [u8] {
-    if len == 0 {
-        return &mut [];
-    }
-    // SAFETY: not empty, so `TensorRef::new` refused NULL; the rest is the caller's promise.
-    unsafe { std::slice::from_raw_parts_mut(address as *mut u8, len) }
-}
-
-/// One layer's cache. See `nqkv_rs.LayerCache`.
-#[pyclass(frozen, module = "nqkv_rs._core")]
-struct LayerCache {
-    inner: Mutex<cache::LayerCache>,
-    /// Capsules of the pool's memory.
-    pool: Mutex<Vec<Py<PyAny>>>,
-}
-
-impl LayerCache {
-    fn lock(&self) -> MutexGuard<'_, cache::LayerCache> {
-        self.inner.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
-    }
-}
-
-fn sequence(cache: &cache::LayerCache, b: usize) -> PyResult<usize> {
-    if b < cache.batch() {
-        return Ok(b);
-    }
-    Err(Error::value("sequence", format!("0 to {}", cache.batch().saturating_sub(1)), b).into())
-}
-
-#[pymethods]
-impl LayerCache {
-    #[new]
-    #[pyo3(signature = (scheme, kv_heads, key_dim, value_dim, exact_dtype, batch))]
-    fn new(
-        scheme: &str,
-        kv_heads: usize,
-        key_dim: usize,
-        value_dim: usize,
-        exact_dtype: &str,
-        batch: usize,
-    ) -> PyResult<Self> {
-        let codec = PageCodec::new(&Scheme::from_json(scheme)?, kv_heads, key_dim, value_dim)?;
-        let inner = cache::LayerCache::new(Arc::new(codec), Dtype::parse(exact_dtype)?, batch);
-        Ok(Self { inner: Mutex::new(inner), pool: Mutex::new(Vec::new()) })
-    }
-
-    #[getter]
-    fn page_bytes(&self) -> usize {
-        self.lock().codec().layout.page_bytes()
-    }
-
-    #[getter]
-    fn value_offset(&self) -> usize {
-        self.lock().codec().layout.value_offset()
-    }
-
-    #[getter]
-    fn kv_heads(&self) -> usize {
-        self.lock().codec().heads
-    }
-
-    #[getter]
-    fn exact_dtype(&self) -> &'static str {
-        self.lock().exact_dtype().name()
-    }
-
-    #[getter]
-    fn batch(&self) -> usize {
-        self.lock().batch()
-    }
-
-    #[getter]
-    fn rows(&self) -> usize {
-        self.lock().rows()
-    }
-
-    #[getter]
-    fn free_rows(&self) -> usize {
-        self.lock().free_rows()
-    }
-
-    fn tokens(&self, sequence_index: usize) -> PyResult<usize> {
-        let cache = self.lock();
-        Ok(cache.tokens(sequence(&cache, sequence_index)?))
-    }
-
-    fn packed(&self, sequence_index: usize) -> PyResult<usize> {
-        let cache = self.lock();
-        Ok(cache.packed(sequence(&cache, sequence_index)?))
-    }
-
-    fn table(&self, sequence_index: usize) -> PyResult<Vec<(u32, u32)>> {
-        let cache = self.lock();
-        let b = sequence(&cache, sequence_index)?;
-        Ok(cache.table(b).iter().map(|e| (e.row, e.count)).collect())
-    }
-
-    fn rows_needed(&self, tokens: usize) -> usize {
-        self.lock().rows_needed(tokens)
-    }
-
-    fn add_rows(&self, pool: &Bound<'_, PyAny>) -> PyResult<()> {
-        let memory = Borrowed::new("pool", pool)?;
-        let mut cache = self.lock();
-        let t = &memory.tensor;
-        if t.element != Element::U8 {
-            return Err(Error::dtype("pool", "uint8", "a float type").into());
-        }
-        let expected = [cache.codec().heads, cache.codec().layout.page_bytes()];
-        if t.shape.len() != 3 || t.shape[1..] != expected {
-            let expected = format!("[rows, {}, {}]", expected[0], expected[1]);
-            return Err(Error::shape("pool", expected, format!("{:?}", t.shape)).into());
-        }
-        t.check_output("pool", &t.shape.clone())?;
-        // SAFETY: the checks above; the capsule, kept below, keeps the memory alive.
-        unsafe { cache.add_rows(t.data, t.shape[0]) };
-        self.pool.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(memory.capsule.unbind());
-        Ok(())
-    }
-
-    fn check_append(&self, py: Python<'_>, k: &Bound<'_, PyAny>, v: &Bound<'_, PyAny>) -> PyResult<()> {
-        let (k, v) = (Borrowed::new("k", k)?, Borrowed::new("v", v)?);
-        let views = (k.view("k")?, v.view("v")?);
-        py.detach(|| self.lock().check_append(&views.0, &views.1))?;
-        Ok(())
-    }
-
-    fn append(&self, py: Python<'_>, k: &Bound<'_, PyAny>, v: &Bound<'_, PyAny>) -> PyResult<()> {
-        let (k, v) = (Borrowed::new("k", k)?, Borrowed::new("v", v)?);
-        let views = (k.view("k")?, v.view("v")?);
-        py.detach(|| self.lock().append(&views.0, &views.1))?;
-        Ok(())
-    }
-
-    #[pyo3(signature = (q, out, scale, *, starts=None, fresh_k=None, fresh_v=None, window=None, soft_cap=None, lse=None))]
-    #[expect(clippy::too_many_arguments, reason = "the signature is the Python one")]
-    fn attend(
-        &self,
-        py: Python<'_>,
-        q: &Bound<'_, PyAny>,
-        out: &Bound<'_, PyAny>,
-        scale: f64,
-        starts: Option<Vec<usize>>,
-        fresh_k: Option<&Bound<'_, PyAny>>,
-        fresh_v: Option<&Bound<'_, PyAny>>,
-        window: Option<usize>,
-        soft_cap: Option<f64>,
-        lse: Option<&Bound<'_, PyAny>>,
-    ) -> PyResult<(u64, u64)> {
-        let (q, out) = (Borrowed::new("q", q)?, Borrowed::new("out", out)?);
-        let (fresh_k, fresh_v) = (Borrowed::optional("fresh_k", fresh_k)?, Borrowed::optional("fresh_v", fresh_v)?);
-        let lse = Borrowed::optional("lse", lse)?;
-        let fresh = match (&fresh_k, &fresh_v) {
-            (Some(k), Some(v)) => Some((k.view("fresh_k")?, v.view("fresh_v")?)),
-            (None, None) => None,
-            _ => return Err(Error::value("fresh_k and fresh_v", "both or neither", "one of them").into()),
-        };
-        let queries = Queries { q: q.view("q")?, scale, starts: starts.as_deref(), fresh, window, soft_cap };
-        let [batch, heads, rows, _] = queries.q.shape();
-        let value_dim = self.lock().codec().value.layout.dim;
-        out.tensor.check_output("out", &[batch, rows, heads, value_dim])?;
-        let dtype = out.tensor.float("out")?;
-        if let Some(lse) = &lse {
-            lse.tensor.check_output("lse", &[batch, rows, heads])?;
-            if lse.tensor.float("lse")? != Dtype::F32 {
-                return Err(Error::dtype("lse", "float32", "another float type").into());
-            }
-        }
-        let target = (out.tensor.data as usize, out.tensor.len());
-        let lse = lse.as_ref().map(|l| (l.tensor.data as usize, l.tensor.len()));
-        let count = py.detach(|| -> Result<_, Error> {
-            let cache = self.lock();
-            // SAFETY: `check_output` made sure of a writable, contiguous tensor of this length; capsules keep it alive.
-            let bytes = unsafe { output_bytes(target.0, target.1 * dtype.bytes()) };
-            let mut lse_values = lse.map(|(_, n)| vec![0f32; n]);
-            let count = if queries.q.dtype() == Dtype::F64 {
-                let mut result = vec![0f64; target.1];
-                let mut wide = lse.map(|(_, n)| vec![0f64; n]);
-                let count = attention::attend_f64(&cache, &queries, &mut result, wide.as_deref_mut())?;
-                bytes.chunks_exact_mut(dtype.bytes()).zip(&result).for_each(|(b, &x)| dtype.write(b, x));
-                lse_values = wide.map(|w| w.into_iter().map(|x| x as f32).collect());
-                count
-            } else {
-                let mut result = vec![0f32; target.1];
-                let count = attention::attend(&cache, &queries, &mut result, lse_values.as_deref_mut())?;
-                bytes.chunks_exact_mut(dtype.bytes()).zip(&result).for_each(|(b, &x)| dtype.write(b, f64::from(x)));
-                count
-            };
-            if let (Some((at, n)), Some(values)) = (lse, lse_values) {
-                // SAFETY: as for `out`.
-                let bytes = unsafe { output_bytes(at, n * 4) };
-                bytes.chunks_exact_mut(4).zip(values).for_each(|(b, x)| b.copy_from_slice(&x.to_le_bytes()));
-            }
-            Ok(count)
-        })?;
-        Ok((count.attended, count.packed))
-    }
-
-    #[pyo3(signature = (sequence_index, start, k_out, v_out))]
-    fn read(
-        &self,
-        py: Python<'_>,
-        sequence_index: usize,
-        start: usize,
-        k_out: &Bound<'_, PyAny>,
-        v_out: &Bound<'_, PyAny>,
-    ) -> PyResult<()> {
-        let (k, v) = (Borrowed::new("k_out", k_out)?, Borrowed::new("v_out", v_out)?);
-        let tokens = *k.tensor.shape.get(1).unwrap_or(&0);
-        let (heads, kd, vd) = {
-            let cache = self.lock();
-            sequence(&cache, sequence_index)?;
-            (cache.codec().heads, cache.codec().key.layout.dim, cache.codec().value.layout.dim)
-        };
-        k.tensor.check_output("k_out", &[heads, tokens, kd])?;
-        v.tensor.check_output("v_out", &[heads, tokens, vd])?;
-        let (dtype, other) = (k.tensor.float("k_out")?, v.tensor.float("v_out")?);
-        let targets = [(k.tensor.data as usize, k.tensor.len(), dtype), (v.tensor.data as usize, v.tensor.len(), other)];
-        py.detach(|| -> Result<(), Error> {
-            let (mut k, mut v) = (vec![0f32; targets[0].1], vec![0f32; targets[1].1]);
-            self.lock().read(sequence_index, start, tokens, &mut k, &mut v)?;
-            for ((at, n, dtype), values) in targets.into_iter().zip([k, v]) {
-                // SAFETY: `check_output` made sure of a writable, contiguous tensor; capsules keep it alive.
-                let bytes = unsafe { output_bytes(at, n * dtype.bytes()) };
-                bytes.chunks_exact_mut(dtype.bytes()).zip(values).for_each(|(b, x)| dtype.write(b, f64::from(x)));
-            }
-            Ok(())
-        })?;
-        Ok(())
-    }
-
-    fn remove_newest(&self, tokens: usize) -> PyResult<()> {
-        Ok(self.lock().remove_newest(tokens)?)
-    }
-
-    fn select(&self, indices: Vec<usize>) -> PyResult<()> {
-        Ok(self.lock().select(&indices)?)
-    }
-
-    fn reset(&self) {
-        self.lock().reset();
-    }
-
-    fn memory(&self) -> BTreeMap<&'static str, usize> {
-        let m = self.lock().memory();
-        BTreeMap::from([("codes", m.codes), ("scales", m.scales), ("tail", m.tail), ("sinks", m.sinks), ("total", m.total())])
     }
 }
 
@@ -383,6 +51,10 @@ fn codebook(name: &str) -> PyResult<Vec<f32>> {
 #[pyfunction]
 fn cpu_features(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     let d = PyDict::new(py);
+    #[cfg(not(target_arch = "x86_64"))]
+    let avx2 = false;
+    #[cfg(target_arch = "x86_64")]
+    let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
     #[cfg(target_arch = "x86_64")]
     {
         d.set_item("avx2", is_x86_feature_detected!("avx2"))?;
@@ -391,7 +63,7 @@ fn cpu_features(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
         d.set_item("avx512f", is_x86_feature_detected!("avx512f"))?;
     }
     d.set_item("threads", rayon::current_num_threads())?;
-    d.set_item("path", attention::path_name())?;
+    d.set_item("path", if avx2 { "avx2" } else { "portable" })?;
     Ok(d)
 }
 
@@ -399,7 +71,11 @@ fn cpu_features(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
 #[pymodule]
 mod _core {
     #[pymodule_export]
-    use super::{LayerCache, check_scheme, codebook, cpu_features, preset, presets};
+    use super::cache::LayerCache;
+    #[pymodule_export]
+    use super::flat::{dequantize, quantize, quantized_sizes};
+    #[pymodule_export]
+    use super::{check_scheme, codebook, cpu_features, preset, presets};
 
     use pyo3::prelude::*;
 

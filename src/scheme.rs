@@ -218,9 +218,7 @@ impl Scheme {
         };
         Ok(match name {
             "nqkv4" => scheme(channel_mean, side("nf4", Axis::Channel, 64, ScaleKind::Absmax), 32, 4),
-            "nqkv4-signed" => {
-                scheme(channel_mean, side("l2signed4-64", Axis::Channel, 64, ScaleKind::SignedAbsmax), 32, 4)
-            }
+            "nqkv4-signed" => scheme(channel_mean, side("l2signed4-64", Axis::Channel, 64, ScaleKind::SignedAbsmax), 32, 4),
             "nqkv" => {
                 let both = SideSpec { span: Span::Heads, ..side("nf4", Axis::Channel, 256, ScaleKind::Absmax) };
                 scheme(both.clone(), both, 0, 0)

@@ -39,14 +39,11 @@ impl SideCodec {
             Span::Head => c / spec.block,
             Span::Heads => (h * dim + c.min(dim - 1)) / spec.block - h * dim / spec.block,
         };
-        let blocks: Vec<Vec<u16>> =
-            (0..heads).map(|h| (0..stored).map(|c| head_block(h, c) as u16).collect()).collect();
+        let blocks: Vec<Vec<u16>> = (0..heads).map(|h| (0..stored).map(|c| head_block(h, c) as u16).collect()).collect();
         let axis = match spec.axis {
             Axis::Token => FieldAxis::PerChannel { group: spec.block },
             // The same page bytes for every head: as many blocks as the head that meets most of them.
-            Axis::Channel => {
-                FieldAxis::PerToken { blocks: 1 + blocks.iter().flatten().copied().max().unwrap_or(0) as usize }
-            }
+            Axis::Channel => FieldAxis::PerToken { blocks: 1 + blocks.iter().flatten().copied().max().unwrap_or(0) as usize },
         };
         let layout = SideLayout::new(side, dim, &widths, axis, spec.scale.fields(), spec.scale_dtype.bytes())?;
         let order = spec.channel_order.clone().unwrap_or_default();

@@ -76,3 +76,28 @@ def preset(name: str) -> str: ...
 def presets() -> list[str]: ...
 def codebook(name: str) -> list[float]: ...
 def cpu_features() -> dict[str, Any]: ...
+def quantized_sizes(
+    shape: Sequence[int], codebook: str, block: int, scale: str, scale_dtype: str, flat: bool
+) -> tuple[int, int]: ...
+def quantize(
+    x: Any,
+    codes: Any,
+    fields: Any,
+    codebook: str,
+    block: int,
+    scale: str,
+    scale_dtype: str,
+    flat: bool,
+    order: str,
+) -> None: ...
+def dequantize(
+    codes: Any,
+    fields: Any,
+    out: Any,
+    codebook: str,
+    block: int,
+    scale: str,
+    scale_dtype: str,
+    flat: bool,
+    order: str,
+) -> None: ...

@@ -1,0 +1,183 @@
+"""Quantize and dequantize a plain tensor with any codec of the scheme language."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from nqkv_rs import _core
+
+__all__ = ["Quantized", "codebook", "dequantize", "quantize"]
+
+_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "e4m3": 1}
+
+
+def codebook(name: str) -> Any:
+    """The levels of a codebook, ascending.
+
+    Args:
+        name: ``"nf4"`` (``nf2`` .. ``nf8``), ``"lloyd3"``, ``"uniform4"``, ``"int4"``, ``"e2m1"``,
+            ``"l2absmax4-64"``, ``"l2signed4-64"`` (bits, block).
+
+    Returns:
+        A float32 NumPy array.
+
+    Raises:
+        ValueError: there is no such codebook.
+
+    Example:
+        >>> len(codebook("nf4"))
+        16
+    """
+    return np.array(_core.codebook(name), dtype=np.float32)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Quantized:
+    """A quantized tensor and how to read it.
+
+    Attributes:
+        codes: uint8, all codes, packed over the row-major tensor; element 0 in the low bits, or in
+            the high nibble with ``order="high"``.
+        fields: uint8 ``[blocks, fields, bytes]``: per block the scale, then the mean or zero point.
+        shape: the tensor's shape.
+        dtype: the tensor's dtype.
+        codec: keyword arguments of :func:`quantize` that made it.
+    """
+
+    codes: Any
+    fields: Any
+    shape: tuple[int, ...]
+    dtype: Any
+    codec: dict[str, Any]
+
+    @property
+    def scales(self) -> Any:
+        """The fields as numbers, float32 ``[blocks, fields]``, as a NumPy array."""
+        raw = np.ascontiguousarray(np.asarray(self.fields))
+        kind = self.codec["scale_dtype"]
+        if kind == "fp32":
+            return raw.view("<f4")[..., 0]
+        if kind == "fp16":
+            return raw.view("<f2")[..., 0].astype(np.float32)
+        if kind == "bf16":
+            return (raw.view("<u2")[..., 0].astype(np.uint32) << 16).view(np.float32)
+        byte = raw[..., 0].astype(np.int32)
+        exponent, mantissa = (byte >> 3) & 15, byte & 7
+        magnitude = np.where(exponent == 0, mantissa / 512, (8 + mantissa) * 2.0 ** (exponent - 10))
+        return np.where(byte & 128, -magnitude, magnitude).astype(np.float32)
+
+    @property
+    def effective_bits(self) -> float:
+        """Bytes of codes and fields times 8, over the number of elements."""
+        n = int(np.prod(self.shape))
+        return 8 * (_size(self.codes) + _size(self.fields)) / n if n else 0.0
+
+
+def _size(x: Any) -> int:
+    return int(np.prod(tuple(x.shape)))
+
+
+def _is_torch(x: Any) -> bool:
+    return type(x).__module__.split(".")[0] == "torch"
+
+
+def _empty(like: Any, shape: tuple[int, ...], dtype: str) -> Any:
+    if _is_torch(like):
+        import torch
+
+        return torch.empty(shape, dtype=getattr(torch, dtype))
+    return np.empty(shape, dtype=dtype)
+
+
+def quantize(
+    x: Any,
+    codebook: str | Sequence[float] = "nf4",
+    *,
+    block: int = 64,
+    scale: str = "absmax",
+    scale_dtype: str = "fp32",
+    flat: bool = False,
+    order: str = "low",
+) -> Quantized:
+    """Quantize a tensor; blocks run along its last axis, a shorter one at the end of a row.
+
+    With ``codebook="nf4-bitsandbytes", flat=True, order="high"`` codes and scales are bit-equal to
+    bitsandbytes 0.50 (``quantize_4bit(quant_type="nf4")``), except that the scale of an all-zero
+    last partial block is 0 here and 1e-38 there.
+
+    Args:
+        x: float64, float32, float16 or bfloat16, any shape and strides, in host memory; a NumPy
+            array, a PyTorch tensor, or anything else that has ``__dlpack__`` and ``shape``.
+        codebook: a name (:func:`codebook`), or the ascending levels themselves.
+        block: elements that share a scale, a multiple of 8 from 16 to 512.
+        scale: ``"absmax"``, ``"signed_absmax"``, ``"minmax"``, ``"mean_absmax"`` or ``"rms"``.
+        scale_dtype: ``"fp32"``, ``"fp16"``, ``"bf16"`` or ``"e4m3"``.
+        flat: let blocks run over the whole row-major tensor, across rows.
+        order: which nibble of a byte comes first at 4 bits, ``"low"`` or ``"high"``.
+
+    Returns:
+        A :class:`Quantized`, with tensors of the kind that came in.
+
+    Raises:
+        ValueError: a NaN or infinity (named by its index), or a number outside its domain.
+        TypeError: a wrong dtype or device.
+
+    Example:
+        >>> import numpy as np
+        >>> q = quantize(np.ones((2, 64), dtype="float32"))
+        >>> float(dequantize(q)[0, 0]), q.effective_bits
+        (1.0, 4.5)
+    """
+    if not hasattr(x, "shape"):
+        raise TypeError(f"x: expected an array with __dlpack__ and shape, got {type(x).__name__}")
+    name = codebook if isinstance(codebook, str) else json.dumps([float(v) for v in codebook])
+    shape = tuple(int(s) for s in x.shape)
+    codes_bytes, fields_bytes = _core.quantized_sizes(shape, name, block, scale, scale_dtype, flat)
+    count = 2 if scale in ("minmax", "mean_absmax") else 1
+    size = _BYTES[scale_dtype]
+    codes = _empty(x, (codes_bytes,), "uint8")
+    fields = _empty(x, (fields_bytes // (count * size), count, size), "uint8")
+    _core.quantize(x, codes, fields, name, block, scale, scale_dtype, flat, order)
+    codec = {
+        "codebook": codebook if isinstance(codebook, str) else tuple(codebook),
+        "block": block,
+        "scale": scale,
+        "scale_dtype": scale_dtype,
+        "flat": flat,
+        "order": order,
+    }
+    return Quantized(codes=codes, fields=fields, shape=shape, dtype=x.dtype, codec=codec)
+
+
+def dequantize(q: Quantized, *, out: Any | None = None) -> Any:
+    """The numbers that a quantized tensor stands for, each one fma of level, scale and offset.
+
+    Args:
+        q: what :func:`quantize` returned.
+        out: where to write, contiguous, ``q.shape``, any float dtype; a new array in the dtype
+            that was quantized if None.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ValueError: ``out`` has another shape.
+        TypeError: a wrong dtype or device.
+    """
+    if out is None:
+        if _is_torch(q.codes):
+            import torch
+
+            out = torch.empty(q.shape, dtype=q.dtype)
+        else:
+            out = np.empty(q.shape, dtype=q.dtype)
+    codec = dict(q.codec)
+    book = codec.pop("codebook")
+    name = book if isinstance(book, str) else json.dumps([float(v) for v in book])
+    _core.dequantize(q.codes, q.fields, out, name, **codec)
+    return out
