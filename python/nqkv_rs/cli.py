@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 
-from . import demo, doctor
+from . import __version__, demo, doctor
 
 __all__ = ["main"]
 
@@ -25,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="nqkv-rs", description="Quantized KV caches: see one work, and see what runs here."
     )
-    parser.add_argument("--version", action="version", version=metadata.version("nqkv-rs"))
+    parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module, summary in (
         ("demo", demo, "generate with a real model, dense and packed, and compare"),

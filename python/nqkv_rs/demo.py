@@ -24,7 +24,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from . import models
 from ._extras import require
@@ -178,7 +178,9 @@ class _Bench:
 
         return DynamicCache(config=self.model.config)
 
-    def _packed(self, scheme: str, prefill: str = "exact") -> Callable[[], Any]:
+    def _packed(
+        self, scheme: str, prefill: Literal["exact", "quantized"] = "exact"
+    ) -> Callable[[], Any]:
         import nqkv_rs
 
         def make() -> Any:

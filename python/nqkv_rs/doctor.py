@@ -13,9 +13,11 @@ import platform
 from importlib import metadata
 from typing import Any
 
+from . import _core
+
 __all__ = ["add_arguments", "report", "run"]
 
-_PACKAGES = ("nqkv-rs", "numpy", "torch", "transformers", "gguf", "rich")
+_PACKAGES = ("numpy", "torch", "transformers", "gguf", "rich")
 # This version carries no CUDA kernels; the version that brings them sets this.
 _NO_CUDA = "CUDA kernels are not built into this version; everything runs on the CPU"
 
@@ -47,8 +49,11 @@ def report() -> dict[str, dict[str, Any]]:
         ``gpu`` (``devices``, ``driver``, ``usable`` and ``why``), and ``runs_on``: for each kind of
         work, where it will run, or what it lacks.
     """
-    versions: dict[str, Any] = {"python": platform.python_version()}
-    versions |= {name.replace("-", "_"): _version(name) for name in _PACKAGES}
+    versions: dict[str, Any] = {
+        "nqkv_rs": _core.__version__,
+        "python": platform.python_version(),
+        **{name: _version(name) for name in _PACKAGES},
+    }
     gpu = _gpu()
     versions["driver"] = gpu["driver"]
     cpu = _cpu()
@@ -68,13 +73,7 @@ def _version(name: str) -> str | None:
 
 
 def _cpu() -> dict[str, Any]:
-    found: dict[str, Any] = {"machine": platform.machine(), "system": platform.system()}
-    try:
-        from . import _core
-    except ImportError as error:
-        # A wheel for another machine, or a checkout without the compiled part.
-        return {**found, "path": None, "why": f"the compiled core does not load: {error}"}
-    return {**found, **_core.cpu_features()}
+    return {"machine": platform.machine(), "system": platform.system(), **_core.cpu_features()}
 
 
 def _gpu() -> dict[str, Any]:
@@ -113,8 +112,7 @@ def _runs_on(versions: dict[str, Any], cpu: dict[str, Any]) -> dict[str, str]:
             return core
         return f'not here: {", ".join(missing)} missing; pip install "nqkv-rs[{extra}]"'
 
-    path = cpu.get("path")
-    core = f"CPU ({path})" if path else "nowhere: the compiled core does not load"
+    core = f"CPU ({cpu['path']})"
     return {
         "quantize, dequantize": core,
         "cache and attention": core,
