@@ -148,9 +148,8 @@ impl<'a> Plan<'a> {
         let done = match &self.thresholds {
             #[cfg(target_arch = "x86_64")]
             Some(t) if self.simd => {
-                assert!(out.len() >= x.len());
-                // SAFETY: `simd` is only set where `available` is true; the length is checked above.
-                unsafe { avx2::encode(x, fields.zero, inverse, t, out) }
+                // SAFETY: `simd` is only set where `available` is true.
+                unsafe { avx2::encode::<false>(x, fields, false, t, out) }
             }
             _ => 0,
         };
@@ -160,6 +159,20 @@ impl<'a> Plan<'a> {
             *s = (v - fields.zero) * inverse;
         }
         self.book.encode_slice(scaled, &mut out[done..x.len()]);
+    }
+
+    /// Codes of one block straight into their bytes, if this is a case for that: 4 bits, whole groups of 32.
+    fn encode_packed(&self, x: &[f32], fields: Fields, out: &mut [u8]) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        if let Some(t) = self.thresholds.as_ref().filter(|_| self.simd && self.book.bits() == 4 && x.len() % 32 == 0) {
+            if !(self.divide && x.len() < self.spec.block) {
+                let out = &mut out[..x.len() / 2];
+                // SAFETY: `simd` is only set where `available` is true.
+                return unsafe { avx2::encode::<true>(x, fields, self.spec.order == NibbleOrder::HighFirst, t, out) } == x.len();
+            }
+        }
+        let _ = (x, fields, out);
+        false
     }
 
     /// Packs codes that are below the limit by construction.
@@ -183,6 +196,10 @@ impl<'a> Plan<'a> {
                 if self.spec.kind.fields() == 2 {
                     self.spec.scale_dtype.write(&mut out[bytes..], fields.zero);
                 }
+            }
+            if waiting == 0 && self.encode_packed(block, fields, &mut piece.codes[at..]) {
+                at += block.len() / 2;
+                continue;
             }
             self.encode(block, fields, &mut held[waiting..waiting + block.len()]);
             let total = waiting + block.len();
@@ -239,19 +256,13 @@ impl<'a> Plan<'a> {
                 return Err(Error::value("codes", format!("codes below {} ({})", levels.len(), self.book.name()), top));
             }
         }
-        let mut table = [0f32; 256];
-        if levels.len() <= codes.len() {
-            for (value, &level) in table.iter_mut().zip(levels) {
-                *value = fields.decode(level);
-            }
-            for (value, &code) in out[done..].iter_mut().zip(&*codes) {
-                *value = table[usize::from(code)];
-            }
-        } else {
-            for (value, &code) in out[done..].iter_mut().zip(&*codes) {
-                *value = fields.decode(levels[usize::from(code)]);
-            }
+        #[cfg(target_arch = "x86_64")]
+        if self.simd {
+            // SAFETY: `simd` is only set where `available` is true.
+            unsafe { avx2::lookup(levels, fields, codes, &mut out[done..]) };
+            return Ok(());
         }
+        lookup(levels, fields, codes, &mut out[done..]);
         Ok(())
     }
 
@@ -298,6 +309,25 @@ fn simd_available() -> bool {
     false
 }
 
+/// Values of codes that are below the number of levels: computed once per level where that is less work.
+#[inline(always)]
+fn lookup(levels: &[f32], fields: Fields, codes: &[u8], out: &mut [f32]) {
+    let mut table = [0f32; 256];
+    if levels.len() <= codes.len() {
+        for (value, &level) in table.iter_mut().zip(levels) {
+            *value = level.mul_add(fields.scale, fields.zero);
+        }
+        for (value, &code) in out.iter_mut().zip(codes) {
+            *value = table[usize::from(code)];
+        }
+    } else {
+        table[..levels.len()].copy_from_slice(levels);
+        for (value, &code) in out.iter_mut().zip(codes) {
+            *value = table[usize::from(code)].mul_add(fields.scale, fields.zero);
+        }
+    }
+}
+
 /// Largest magnitude by independent maxima, which the compiler turns into vector instructions.
 #[inline(always)]
 fn absmax_by_lanes<const LANES: usize>(x: &[f32]) -> f32 {
@@ -327,7 +357,16 @@ fn absmax(x: &[f32], simd: bool) -> f32 {
 fn check_numbers(x: &[f32], kind: ScaleKind) -> Result<()> {
     let limit = if kind == ScaleKind::MeanAbsmax { f32::MAX / 1024.0 } else { f32::MAX };
     let fits = |v: &f32| v.abs() <= limit;
-    let bad = x.par_chunks(PIECE).position_first(|piece| !piece.iter().fold(true, |all, v| all & fits(v)));
+    let simd = simd_available();
+    let bad = x.par_chunks(PIECE).position_first(|piece| {
+        #[cfg(target_arch = "x86_64")]
+        if simd {
+            // SAFETY: AVX2 is available.
+            return !unsafe { avx2::all_within(piece, limit) };
+        }
+        let _ = simd;
+        !piece.iter().fold(true, |all, v| all & fits(v))
+    });
     let Some(piece) = bad else { return Ok(()) };
     let index = x.iter().skip(piece * PIECE).position(|v| !fits(v)).unwrap_or_default() + piece * PIECE;
     if x[index].is_finite() {

@@ -2,25 +2,36 @@
 
 use std::arch::x86_64::*;
 
+use crate::codec::Fields;
+
 /// Whether this CPU runs the functions of this module.
 pub(super) fn available() -> bool {
     is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")
 }
 
-/// Codes of `(x - zero) * inverse` for at most 16 levels. `thresholds` are padded with infinity to 15 (the last entry is not
-/// used). Encodes whole groups of 32 and returns how many numbers that were.
+/// Codes of `(x - zero) * inverse` for at most 16 levels, one per byte or (`PACKED`) two, the first in the high half if
+/// `high_first`. `thresholds` are padded with infinity to 15 (the last entry is not used). Encodes whole groups of 32 and
+/// returns how many numbers that were.
 ///
 /// # Safety
-/// Only where [`available`] is true; `out` is at least as long as `x`.
+/// Only where [`available`] is true.
 #[target_feature(enable = "avx2,fma")]
-pub(super) unsafe fn encode(x: &[f32], zero: f32, inverse: f32, t: &[f32; 16], out: &mut [u8]) -> usize {
+pub(super) unsafe fn encode<const PACKED: bool>(
+    x: &[f32],
+    fields: Fields,
+    high_first: bool,
+    t: &[f32; 16],
+    out: &mut [u8],
+) -> usize {
     // Bisection in registers: the root, then tables of 2, 4 and 8 thresholds picked by the bits found so far.
     let root = _mm256_set1_ps(t[7]);
     let second = _mm256_setr_ps(t[3], t[11], 0.0, 0.0, 0.0, 0.0, 0.0, 0.0);
     let third = _mm256_setr_ps(t[1], t[5], t[9], t[13], 0.0, 0.0, 0.0, 0.0);
     let fourth = _mm256_setr_ps(t[0], t[2], t[4], t[6], t[8], t[10], t[12], t[14]);
-    let (zero, inverse) = (_mm256_set1_ps(zero), _mm256_set1_ps(inverse));
+    let (zero, inverse) = (_mm256_set1_ps(fields.zero), _mm256_set1_ps(fields.inverse()));
     let lane_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    // Weights of a pair of codes in its byte.
+    let weights = _mm256_set1_epi16(if high_first { 0x0110 } else { 0x1001 });
     let eight = |v: __m256| {
         let v = _mm256_mul_ps(_mm256_sub_ps(v, zero), inverse);
         let v = _mm256_and_ps(v, _mm256_cmp_ps::<_CMP_ORD_Q>(v, v)); // NaN counts as 0
@@ -31,18 +42,53 @@ pub(super) unsafe fn encode(x: &[f32], zero: f32, inverse: f32, t: &[f32; 16], o
         let code = _mm256_sub_epi32(_mm256_add_epi32(code, code), above(_mm256_permutevar8x32_ps(third, code)));
         _mm256_sub_epi32(_mm256_add_epi32(code, code), above(_mm256_permutevar8x32_ps(fourth, code)))
     };
-    let groups = x.len().min(out.len()) / 32;
+    let step = if PACKED { 16 } else { 32 };
+    let groups = (x.len() / 32).min(out.len() / step);
     for i in 0..groups {
-        // SAFETY: both slices hold at least 32 elements from 32 i on, and unaligned access is allowed.
+        // SAFETY: 32 numbers are there from 32 i on and `step` bytes from step * i on; unaligned access is allowed.
         unsafe {
             let at = x.as_ptr().add(32 * i);
             let a = _mm256_packus_epi32(eight(_mm256_loadu_ps(at)), eight(_mm256_loadu_ps(at.add(8))));
             let b = _mm256_packus_epi32(eight(_mm256_loadu_ps(at.add(16))), eight(_mm256_loadu_ps(at.add(24))));
             let bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(a, b), lane_order);
-            _mm256_storeu_si256(out.as_mut_ptr().add(32 * i).cast(), bytes);
+            let to = out.as_mut_ptr().add(step * i);
+            if PACKED {
+                let pairs = _mm256_maddubs_epi16(bytes, weights);
+                let halves = _mm256_permute4x64_epi64::<0b1000>(_mm256_packus_epi16(pairs, pairs));
+                _mm_storeu_si128(to.cast(), _mm256_castsi256_si128(halves));
+            } else {
+                _mm256_storeu_si256(to.cast(), bytes);
+            }
         }
     }
     groups * 32
+}
+
+/// Whether no magnitude is above `limit` and none is NaN.
+///
+/// # Safety
+/// Only where [`available`] is true.
+#[target_feature(enable = "avx2,fma")]
+pub(super) unsafe fn all_within(x: &[f32], limit: f32) -> bool {
+    let (sign, top) = (_mm256_set1_ps(-0.0), _mm256_set1_ps(limit));
+    let mut beyond = _mm256_setzero_ps();
+    let groups = x.chunks_exact(8);
+    let rest = groups.remainder().iter().all(|v| v.abs() <= limit);
+    for group in groups {
+        // SAFETY: a group holds eight numbers.
+        let v = unsafe { _mm256_loadu_ps(group.as_ptr()) };
+        beyond = _mm256_or_ps(beyond, _mm256_cmp_ps::<_CMP_NLE_UQ>(_mm256_andnot_ps(sign, v), top));
+    }
+    rest && _mm256_movemask_ps(beyond) == 0
+}
+
+/// `super::lookup` compiled for this CPU, where an fma is one instruction.
+///
+/// # Safety
+/// Only where [`available`] is true.
+#[target_feature(enable = "avx2,fma")]
+pub(super) unsafe fn lookup(levels: &[f32], fields: Fields, codes: &[u8], out: &mut [f32]) {
+    super::lookup(levels, fields, codes, out);
 }
 
 /// Values of packed nibbles: `fma(level, scale, zero)`, computed once per level. Decodes whole groups of 32 and returns how
