@@ -205,6 +205,8 @@ pub fn block_fields(x: &[f32], kind: ScaleKind, dtype: ScaleDtype) -> Fields {
             if top == 0.0 {
                 return Fields::default();
             }
+            // As in `Fields::inverse`: the reciprocal stays finite.
+            let top = top.max(1e-38);
             let inverse = 1.0 / top;
             let mean = tree_sum(x.iter().map(|v| (v * inverse) * (v * inverse))) / n;
             Fields { scale: dtype.round(top * mean.sqrt()), zero: 0.0 }
@@ -241,6 +243,12 @@ mod tests {
             let f = block_fields(&[1.5; 64], kind, ScaleDtype::Fp16);
             assert_eq!((f.scale, f.decode(0.3)), (0.0, 1.5));
         }
+    }
+
+    #[test]
+    fn rms_of_subnormal_numbers_is_finite() {
+        let f = block_fields(&[1e-40; 16], ScaleKind::Rms, ScaleDtype::Fp32);
+        assert!((f.scale / 1e-40 - 1.0).abs() < 1e-3, "{}", f.scale);
     }
 
     #[test]

@@ -26,9 +26,12 @@
 //!   per token    z (F nb (8 (n%8) + 2 (n/16) + (n/8)%2) + nb f + b)                 nb blocks of a token in this head
 //! ```
 //!
-//! At head size 128 and `nqkv4`: 4096 + 512 | 4096 + 256 = 8960 bytes. A head size that is no multiple of 16 is padded with
-//! channels of zeros, whose bytes count. A block that spans heads repeats its fields in each head's page. A page-table entry
-//! carries a valid count of 1..=64; bytes of slots at or beyond it mean nothing and are never read.
+//! At head size 128 and `nqkv4`: 4096 + 512 | 4096 + 256 = 8960 bytes. A head size that is no multiple of 16 is padded: the
+//! padding's bytes count, it carries the code of the level nearest to 0, and it does not enter a per-token block's
+//! statistics (a per-channel block of padding has fields 0). A width-0 slab keeps its fields and decodes to the mean or zero
+//! point. A block that spans heads repeats its fields in each head's page: block `b` of head `h` is block `h dim / size + b`
+//! of the token, and `nb` is that of the head that meets most blocks (surplus fields hold the token's next block, or 0). A
+//! page-table entry carries a valid count of 1..=64; bytes of slots at or beyond it mean nothing and are never read.
 
 use crate::error::{Error, Result};
 

@@ -67,8 +67,8 @@ impl Dtype {
         match self {
             Self::F64 => bytes[..8].copy_from_slice(&x.to_le_bytes()),
             Self::F32 => bytes[..4].copy_from_slice(&(x as f32).to_le_bytes()),
-            Self::F16 => bytes[..2].copy_from_slice(&f16::from_f64(x).to_le_bytes()),
-            Self::Bf16 => bytes[..2].copy_from_slice(&bf16::from_f64(x).to_le_bytes()),
+            Self::F16 => bytes[..2].copy_from_slice(&f16::from_f32(round_to_odd(x)).to_le_bytes()),
+            Self::Bf16 => bytes[..2].copy_from_slice(&bf16::from_f32(round_to_odd(x)).to_le_bytes()),
         }
     }
 
@@ -88,6 +88,17 @@ impl Dtype {
             }
         }
     }
+}
+
+/// f64 to f32 so that a second rounding to 16 bits decides as one from `x` would: of the two neighbours of an inexact `x`,
+/// the one with an odd last bit. (`half` itself looks at the upper 32 bits of a double only.)
+fn round_to_odd(x: f64) -> f32 {
+    let y = x as f32;
+    let bits = y.to_bits();
+    if f64::from(y) == x || !y.is_finite() || bits & 1 == 1 {
+        return y;
+    }
+    f32::from_bits(if x.abs() > f64::from(y).abs() { bits + 1 } else { bits - 1 })
 }
 
 /// A `[batch, heads, tokens, dim]` tensor in host memory, with any strides and any alignment.
@@ -201,6 +212,26 @@ mod tests {
         assert_eq!(out, [14.0, 18.0, 22.0]);
         v.row_f32(0, 1, 2, Dtype::F32, &mut Vec::new(), &mut out);
         assert_eq!(out, [14.001, 18.001, 22.001]);
+    }
+
+    #[test]
+    fn sixteen_bit_types_are_rounded_once() {
+        let through = |d: Dtype, x: f64| {
+            let mut bytes = [0; 2];
+            d.write(&mut bytes, x);
+            d.read(&bytes)
+        };
+        for (d, ulp) in [(Dtype::F16, 2f64.powi(-10)), (Dtype::Bf16, 2f64.powi(-7))] {
+            for tiny in [2f64.powi(-22), 2f64.powi(-30), 2f64.powi(-52)] {
+                for sign in [1.0, -1.0] {
+                    assert_eq!(through(d, sign * (1.0 + ulp / 2.0 + tiny)), sign * (1.0 + ulp));
+                    assert_eq!(through(d, sign * (1.0 + ulp * 1.5 - tiny)), sign * (1.0 + ulp));
+                }
+            }
+            assert_eq!((through(d, 1.0 + ulp / 2.0), through(d, 1.0 + ulp * 1.5)), (1.0, 1.0 + ulp * 2.0));
+            assert_eq!((through(d, 1e300), through(d, -1e-300)), (f64::INFINITY, 0.0));
+            assert!(through(d, f64::NAN).is_nan());
+        }
     }
 
     #[test]
