@@ -167,10 +167,10 @@ impl Codebook {
         if !(lowest..=highest).contains(&bits) {
             return Err(Error::value("codebook bits", format!("{lowest} to {highest} for {family:?}"), bits));
         }
-        if let Family::L2Absmax { block } | Family::L2SignedAbsmax { block } = family {
-            if !(2..=65536).contains(&block) {
-                return Err(Error::value("codebook block", "2 to 65536 elements", block));
-            }
+        if let Family::L2Absmax { block } | Family::L2SignedAbsmax { block } = family
+            && !(2..=65536).contains(&block)
+        {
+            return Err(Error::value("codebook block", "2 to 65536 elements", block));
         }
         let n = 1usize << bits;
         let evenly =

@@ -80,7 +80,7 @@ impl FlatSpec {
 
     /// Errors unless this spec, and a tensor of `n` elements in rows of `row`, make sense.
     fn check(&self, n: usize, row: usize) -> Result<()> {
-        if !(16..=512).contains(&self.block) || self.block % 8 != 0 {
+        if !(16..=512).contains(&self.block) || !self.block.is_multiple_of(8) {
             return Err(Error::value("block", "a multiple of 8 from 16 to 512", self.block));
         }
         if self.order == NibbleOrder::HighFirst && self.book.bits() != 4 {
@@ -90,7 +90,7 @@ impl FlatSpec {
                 format!("{} bits", self.book.bits()),
             ));
         }
-        if n > 0 && (row == 0 || n % row != 0) {
+        if n > 0 && (row == 0 || !n.is_multiple_of(row)) {
             return Err(Error::shape("x", format!("[rows, {row}]"), format!("{n} elements")));
         }
         Ok(())
@@ -131,6 +131,12 @@ impl<'a> Plan<'a> {
     fn fields(&self, x: &[f32]) -> Fields {
         match self.spec.kind {
             ScaleKind::Absmax => Fields { scale: self.spec.scale_dtype.round(absmax(x, self.simd)), zero: 0.0 },
+            ScaleKind::SignedAbsmax => {
+                // The first element of the largest magnitude, found in two fast steps; zeros of either sign give +0.
+                let top = absmax(x, self.simd);
+                let extreme = x.iter().copied().find(|v| v.abs() == top && top > 0.0).unwrap_or(0.0);
+                Fields { scale: self.spec.scale_dtype.round(extreme), zero: 0.0 }
+            }
             kind => block_fields(x, kind, self.spec.scale_dtype),
         }
     }
@@ -164,12 +170,15 @@ impl<'a> Plan<'a> {
     /// Codes of one block straight into their bytes, if this is a case for that: 4 bits, whole groups of 32.
     fn encode_packed(&self, x: &[f32], fields: Fields, out: &mut [u8]) -> bool {
         #[cfg(target_arch = "x86_64")]
-        if let Some(t) = self.thresholds.as_ref().filter(|_| self.simd && self.book.bits() == 4 && x.len() % 32 == 0) {
-            if !(self.divide && x.len() < self.spec.block) {
-                let out = &mut out[..x.len() / 2];
-                // SAFETY: `simd` is only set where `available` is true.
-                return unsafe { avx2::encode::<true>(x, fields, self.spec.order == NibbleOrder::HighFirst, t, out) } == x.len();
-            }
+        if let Some(t) = &self.thresholds
+            && self.simd
+            && self.book.bits() == 4
+            && x.len().is_multiple_of(32)
+            && !(self.divide && x.len() < self.spec.block)
+        {
+            let (out, high_first) = (&mut out[..x.len() / 2], self.spec.order == NibbleOrder::HighFirst);
+            // SAFETY: `simd` is only set where `available` is true.
+            return unsafe { avx2::encode::<true>(x, fields, high_first, t, out) } == x.len();
         }
         let _ = (x, fields, out);
         false
@@ -225,7 +234,7 @@ impl<'a> Plan<'a> {
         let high_first = self.spec.order == NibbleOrder::HighFirst;
         let mut done = 0;
         #[cfg(target_arch = "x86_64")]
-        if let Some(table) = self.levels.as_ref().filter(|_| self.simd && from % 8 == 0 && levels.len() == 16) {
+        if let Some(table) = self.levels.as_ref().filter(|_| self.simd && from.is_multiple_of(8) && levels.len() == 16) {
             // SAFETY: `simd` is only set where `available` is true; the function reads and writes whole groups of both.
             done = unsafe { avx2::decode(&bytes[from / 8..], high_first, table, fields.scale, fields.zero, out) };
             if done == n {
@@ -235,7 +244,7 @@ impl<'a> Plan<'a> {
         let mut codes = [0u8; 512];
         let codes = &mut codes[..n - done];
         let from = from + done * usize::from(bits);
-        if from % 8 == 0 {
+        if from.is_multiple_of(8) {
             let bytes = &bytes[from / 8..from / 8 + pack::packed_len(codes.len(), bits)];
             match self.spec.order {
                 NibbleOrder::LowFirst => pack::unpack(bytes, bits, codes.len(), codes)?,
@@ -294,7 +303,7 @@ struct Piece<N, B> {
 /// piece has a multiple of 8 elements (the last one aside), hence whole bytes of codes.
 fn piece_lengths(n: usize, row: usize, block: usize) -> Vec<(usize, usize)> {
     let cut = |total: usize, step: usize, row: usize| (0..total).step_by(step).map(move |at| (step.min(total - at), row));
-    if row > PIECE && (row == n || row % 8 == 0) {
+    if row > PIECE && (row == n || row.is_multiple_of(8)) {
         let step = PIECE / block * block;
         return (0..n / row).flat_map(|_| cut(row, step, step)).collect();
     }
