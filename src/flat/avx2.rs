@@ -82,13 +82,13 @@ pub(super) unsafe fn all_within(x: &[f32], limit: f32) -> bool {
     rest && _mm256_movemask_ps(beyond) == 0
 }
 
-/// `super::lookup` compiled for this CPU, where an fma is one instruction.
+/// `lookup` compiled for this CPU, where an fma is one instruction.
 ///
 /// # Safety
 /// Only where [`available`] is true.
 #[target_feature(enable = "avx2,fma")]
 pub(super) unsafe fn lookup(levels: &[f32], fields: Fields, codes: &[u8], out: &mut [f32]) {
-    super::lookup(levels, fields, codes, out);
+    super::piece::lookup(levels, fields, codes, out);
 }
 
 /// Values of packed nibbles: `fma(level, scale, zero)`, computed once per level. Decodes whole groups of 32 and returns how
@@ -129,5 +129,5 @@ pub(super) unsafe fn decode(bytes: &[u8], high_first: bool, levels: &[f32; 16], 
 /// Only where [`available`] is true.
 #[target_feature(enable = "avx2,fma")]
 pub(super) unsafe fn absmax(x: &[f32]) -> f32 {
-    super::absmax_by_lanes::<32>(x)
+    super::piece::absmax_by_lanes::<32>(x)
 }

@@ -1,5 +1,5 @@
 use super::*;
-use crate::codec;
+use crate::codec::{self, block_fields};
 use proptest::prelude::*;
 
 const KINDS: [ScaleKind; 5] =
