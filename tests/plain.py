@@ -16,7 +16,7 @@ import numpy as np
 Array = np.ndarray
 PAGE = 64
 
-# --- numbers ----------------------------------------------------------------------------------------------------------
+# --- numbers --------------------------------------------------------------------------------------
 
 # Significant bits, smallest normal exponent, largest finite number.
 FORMATS = {
@@ -68,7 +68,7 @@ def tree_sum(x: Array) -> Array:
     return x[..., 0]
 
 
-# --- codebooks --------------------------------------------------------------------------------------------------------
+# --- codebooks ------------------------------------------------------------------------------------
 
 
 def _least_squares(n: int, edges: Array, mass: Array, moment: Array, signed: bool) -> Array:
@@ -178,7 +178,7 @@ def nearest(book: Array, x: Array) -> Array:
     return (np.asarray(x, np.float64)[..., None] > middles).sum(-1).astype(np.uint8)
 
 
-# --- blocks -----------------------------------------------------------------------------------------------------------
+# --- blocks ---------------------------------------------------------------------------------------
 
 
 def block_fields(x: Array, kind: str, dtype: str) -> tuple[Array, Array]:
@@ -222,13 +222,14 @@ def codes_of(book: Array, x: Array, scale: Array, zero: Array) -> Array:
         return nearest(book, (x - zero) * inverse)
 
 
-# --- the page ---------------------------------------------------------------------------------------------------------
+# --- the page -------------------------------------------------------------------------------------
 
 PLANES = {0: (), 1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
 _SIZE = {"fp32": 4, "fp16": 2, "bf16": 2, "e4m3": 1}
 _TWO = ("minmax", "mean_absmax")
 
 
+@lru_cache
 def _e4m3_values() -> Array:
     byte = np.arange(127)
     e, m = byte >> 3, byte & 7
@@ -258,7 +259,7 @@ def field_value(raw: bytes, dtype: str) -> np.float32:
 
 
 class Side:
-    """One half of a page. ``side`` is "key" or "value"; ``spec`` is its part of the scheme's JSON."""
+    """One half of a page: ``side`` is "key" or "value", ``spec`` its part of the scheme's JSON."""
 
     def __init__(self, side: str, spec: dict[str, Any], heads: int, dim: int) -> None:
         self.side, self.spec, self.heads, self.dim = side, spec, heads, dim
@@ -282,7 +283,7 @@ class Side:
         self.bytes = -(-(self.code_bytes + self.z * self.F * blocks) // 128) * 128
 
     def block_of(self, h: int, c: int) -> int:
-        """Block, counted inside head ``h``, of stored place ``c``; padding joins the last channel."""
+        """Block inside head ``h`` of stored place ``c``; padding joins the last channel."""
         if self.per_channel or not self.over_heads:
             return c // self.block
         return (h * self.dim + min(c, self.dim - 1)) // self.block - h * self.dim // self.block
@@ -423,7 +424,7 @@ class Page:
         return np.stack(k, axis=1), np.stack(v, axis=1)
 
 
-# --- the cache --------------------------------------------------------------------------------------------------------
+# --- the cache ------------------------------------------------------------------------------------
 
 
 class _Sequence:
@@ -533,7 +534,7 @@ class Cache:
         return tuple(np.concatenate(x, axis=1) for x in zip(*parts, strict=True))
 
 
-# --- attention --------------------------------------------------------------------------------------------------------
+# --- attention ------------------------------------------------------------------------------------
 
 
 def attention(
@@ -547,9 +548,9 @@ def attention(
 ) -> tuple[Array, Array]:
     """Dense causal attention of one sequence in fp64.
 
-    ``q`` is [q_heads, queries, key_dim], ``k`` [kv_heads, tokens, key_dim]. Query i stands at position
-    tokens - queries + i. Returns [queries, q_heads, value_dim] and log-sum-exp [queries, q_heads]; a
-    query that attends nothing gives zeros and minus infinity.
+    ``q`` is [q_heads, queries, key_dim], ``k`` [kv_heads, tokens, key_dim]. Query i stands at
+    position tokens - queries + i. Returns [queries, q_heads, value_dim] and log-sum-exp
+    [queries, q_heads]; a query that attends nothing gives zeros and minus infinity.
     """
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     group = len(q) // len(k)
@@ -572,7 +573,7 @@ def attention(
     return np.einsum("qht,htd->qhd", weights / safe[..., None], v), lse
 
 
-# --- inputs that every language can make ------------------------------------------------------------------------------
+# --- inputs that every language can make ----------------------------------------------------------
 
 
 def mix(seed: int, index: Array) -> Array:
@@ -592,7 +593,7 @@ def numbers(shape: tuple[int, ...], seed: int) -> Array:
 
 
 def keys_like(tokens: int, heads: int, dim: int, seed: int) -> Array:
-    """fp32 [tokens, heads, dim]: `numbers` with a gain and an offset per channel, and blocks of zeros."""
+    """fp32 [tokens, heads, dim]: a gain and an offset per channel, blocks of zeros and of 1.25."""
     channel = mix(seed + 1, np.arange(heads * dim, dtype=np.uint64))
     gain = np.exp2((channel % np.uint64(4)).astype(np.float64) - 2)
     offset = ((channel >> np.uint64(8)) % np.uint64(17)).astype(np.float64) / 4 - 2

@@ -134,7 +134,7 @@ def test_the_committed_files_are_what_the_plain_implementation_makes(
     assert (FOLDER / "pages.bin").read_bytes() == made[1]
 
 
-@pytest.mark.parametrize("seed, case", enumerate(cases(), start=1), ids=lambda x: str(x)[:60])
+@pytest.mark.parametrize("seed, case", list(enumerate(cases(), start=1)), ids=lambda x: str(x)[:60])
 def test_the_extension_writes_and_reads_the_same_bytes(seed: int, case: dict[str, Any]) -> None:
     core = pytest.importorskip("nqkv_rs._core")
     page, k, v, want = build(case, seed)
