@@ -75,3 +75,45 @@ pub(super) unsafe fn product(p: &Product, c: &mut [f32]) {
         }
     }
 }
+
+/// [`super::math::exp`] of eight numbers: the same operations, the same bits.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn exp(x: __m256) -> __m256 {
+    let all = |x: f32| _mm256_set1_ps(x);
+    let low = _mm256_cmp_ps::<_CMP_LT_OQ>(x, all(-87.0));
+    // In this order a NaN passes.
+    let clamped = _mm256_min_ps(all(88.0), _mm256_max_ps(all(-87.0), x));
+    let magic = all(12_582_912.0);
+    let shifted = _mm256_add_ps(_mm256_mul_ps(clamped, all(std::f32::consts::LOG2_E)), magic);
+    let n = _mm256_sub_ps(shifted, magic);
+    let r = _mm256_sub_ps(clamped, _mm256_mul_ps(n, all(0.693_359_4)));
+    let r = _mm256_sub_ps(r, _mm256_mul_ps(n, all(-2.121_944_4e-4)));
+    let step = |p: __m256, c: f32| _mm256_add_ps(all(c), _mm256_mul_ps(r, p));
+    let mut p = step(all(1.0 / 5040.0), 1.0 / 720.0);
+    for c in [1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5] {
+        p = step(p, c);
+    }
+    let p = _mm256_add_ps(all(1.0), _mm256_add_ps(r, _mm256_mul_ps(_mm256_mul_ps(r, r), p)));
+    let bits = _mm256_sub_epi32(_mm256_castps_si256(shifted), _mm256_castps_si256(magic));
+    let power = _mm256_slli_epi32::<23>(_mm256_add_epi32(bits, _mm256_set1_epi32(127)));
+    _mm256_andnot_ps(low, _mm256_mul_ps(p, _mm256_castsi256_ps(power)))
+}
+
+/// [`super::math::exp_sum`] of a multiple of eight numbers: eight partial sums.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn exp_sums(x: &mut [f32], max: f32) -> [f32; 8] {
+    let mut sums = _mm256_setzero_ps();
+    for eight in x.chunks_exact_mut(8) {
+        // SAFETY: eight elements.
+        unsafe {
+            let e = exp(_mm256_sub_ps(_mm256_loadu_ps(eight.as_ptr()), _mm256_set1_ps(max)));
+            _mm256_storeu_ps(eight.as_mut_ptr(), e);
+            sums = _mm256_add_ps(sums, e);
+        }
+    }
+    let mut out = [0f32; 8];
+    // SAFETY: eight elements.
+    unsafe { _mm256_storeu_ps(out.as_mut_ptr(), sums) };
+    out
+}

@@ -4,6 +4,8 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+#[cfg(target_arch = "x86_64")]
+use super::lanes::Half;
 use super::math::{Product, Simd, exp, exp_sum, max, soft_cap};
 use super::tile::{self, Scratch, Tables};
 use super::{Plan, Source, Tile};
@@ -177,14 +179,23 @@ impl Kernel<'_> {
             let p = Product { a, a_stride: dim, b, b_stride: 64, c_stride: width, rows: columns, depth: dim, width: 64 };
             p.run(simd, &mut scores[at..]);
         };
+        let key_levels = self.key.sixteens();
+        let pages = |from: usize| {
+            tiles[from..].iter().filter_map(|t| match t.source {
+                Source::Page(p) => Some(codec.halves(plan.views[b].pages[p].0, h)),
+                _ => None,
+            })
+        };
         for (i, tile) in tiles.iter().enumerate() {
             let at = i * PAGE_TOKENS;
             if let Source::Page(p) = tile.source {
                 let half = codec.halves(plan.views[b].pages[p].0, h).0;
                 #[cfg(target_arch = "x86_64")]
                 if self.in_place.0 {
-                    let levels = self.key.sixteen();
-                    room.lanes.keys(&codec.key, half, &levels, tile.count, &mut scores[at..], width);
+                    // After the last keys come the first values.
+                    let next = pages(i + 1).next().map(|half| half.0).or(pages(0).next().map(|half| half.1));
+                    let half = Half { bytes: half, count: tile.count, next: next.unwrap_or(half) };
+                    room.lanes.keys(&codec.key, &half, &key_levels, &mut scores[at..], width);
                     continue;
                 }
                 tile::keys(simd, &self.key, half, h, tile.count, &mut room.tile);
@@ -248,8 +259,12 @@ impl Kernel<'_> {
                 }
                 #[cfg(target_arch = "x86_64")]
                 if self.in_place.1 {
-                    let levels = self.value.sixteen();
-                    room.lanes.values(&codec.value, half, &levels, tile.count, &weights[at..], stride);
+                    let next = tiles[i + 1..].iter().find_map(|t| match t.source {
+                        Source::Page(p) => Some(codec.halves(plan.views[b].pages[p].0, h).1),
+                        _ => None,
+                    });
+                    let half = Half { bytes: half, count: tile.count, next: next.unwrap_or(half) };
+                    room.lanes.values(&codec.value, &half, &self.value.sixteens()[0], &weights[at..], stride);
                     continue;
                 }
                 tile::values(simd, &self.value, half, h, tile.count, &mut room.tile);

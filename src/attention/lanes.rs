@@ -12,7 +12,7 @@ use std::arch::x86_64::*;
 
 use super::fast::token_of_place;
 use super::math::Simd;
-use super::tile::read_fields;
+use super::tile::{read_fields, widen};
 use crate::page::{FieldAxis, PAGE_TOKENS, SLAB_CHANNELS};
 use crate::seal::SideCodec;
 
@@ -26,7 +26,7 @@ const SLAB: usize = 512;
 #[repr(C, align(32))]
 struct Lane([f32; 8]);
 
-/// Whether the keys' codes can be read in place: 4 bits, and no block border inside a slab.
+/// Whether the keys' codes can be read in place: at most 4 bits, and no block border inside a slab.
 pub(super) fn reads_keys(codec: &SideCodec, heads: usize) -> bool {
     let whole = |h: usize, slab: usize| {
         let first = slab * SLAB_CHANNELS;
@@ -40,9 +40,27 @@ pub(super) fn reads_keys(codec: &SideCodec, heads: usize) -> bool {
     borders && reads_values(codec)
 }
 
-/// Whether the values' codes can be read in place: 4 bits.
+/// Whether the values' codes can be read in place: at most 4 bits (fewer are widened to 4 first, a page at a time).
 pub(super) fn reads_values(codec: &SideCodec) -> bool {
-    codec.layout.slabs.iter().all(|s| s.width == 4)
+    codec.layout.slabs.iter().all(|s| s.width <= 4)
+}
+
+/// One half of a page to read.
+pub(super) struct Half<'a> {
+    pub(super) bytes: &'a [u8],
+    /// Valid tokens.
+    pub(super) count: usize,
+    /// The half that is read after this one, or itself.
+    pub(super) next: &'a [u8],
+}
+
+/// The codes of a half at 4 bits: in place, or widened in `room`.
+fn four_bits<'a>(codec: &SideCodec, half: &Half<'a>, room: &'a mut Vec<u8>) -> &'a [u8] {
+    if codec.layout.slabs.iter().any(|s| s.width != 4) {
+        widen(&codec.layout, half.bytes, room);
+        return room;
+    }
+    &half.bytes[..codec.layout.slabs.len() * SLAB]
 }
 
 /// The 16 levels as two registers.
@@ -73,19 +91,32 @@ macro_rules! nibbles {
     };
 }
 
-/// Products of `C` queries with the 64 tokens of `slabs` slabs, in lane places. `q` is `[slab][half][c/8, c%2][C]`.
+/// Products of `C` queries with the 64 tokens of some slabs, one for each of `levels`, in lane places. `q` is
+/// `[slab][half][c/8, c%2][C]`. Fetches the 512 bytes per slab at `next` on the way.
 ///
 /// # Safety
-/// `codes` must have `slabs` slabs, `q` eight lanes per slab and column.
+/// `codes` must have a slab for each of `levels`, `q` eight lanes per slab and column.
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn key_page<const C: usize>(codes: *const u8, slabs: usize, q: *const Lane, book: Book, out: &mut [[f32; 64]]) {
+unsafe fn key_page<const C: usize>(
+    codes: *const u8,
+    next: *const u8,
+    levels: &[[f32; 16]],
+    q: *const Lane,
+    out: &mut [[f32; 64]],
+) {
     for row in 0..8 {
         // With one or two columns, twice the sums hide the latency of the multiply-add.
         let mut sum = [[_mm256_setzero_ps(); C]; 4];
-        for half in 0..2 * slabs {
-            // SAFETY: half < 2 slabs, row < 8: inside the codes, and inside q.
+        for half in 0..2 * levels.len() {
+            // SAFETY: half < 2 slabs, row < 8: inside the codes, and inside q. A prefetch reads nothing.
             unsafe {
-                let words = _mm256_loadu_si256(codes.add(SLAB * (half / 2) + 64 * row + 32 * (half % 2)).cast());
+                let at = SLAB * (half / 2) + 64 * row + 32 * (half % 2);
+                if half % 2 == 0 {
+                    // A line of each slab in turn is a pattern that no hardware guesses.
+                    _mm_prefetch::<_MM_HINT_T0>(next.wrapping_add(at).cast());
+                }
+                let words = _mm256_loadu_si256(codes.add(at).cast());
+                let book = book(&levels[half / 2]);
                 let q = q.add(half * 4 * C);
                 macro_rules! step {
                     ($k:literal, $right:literal, $left:literal) => {
@@ -111,18 +142,26 @@ unsafe fn key_page<const C: usize>(codes: *const u8, slabs: usize, q: *const Lan
     }
 }
 
-/// Adds the values of a page to `acc`, `[stored][C]`. `w` is `[block][n%8 / 4, n/8, n%2][C]`.
+/// Adds the values of a page to `acc`, `[stored][C]`. `w` is `[block][n%8 / 4, n/8, n%2][C]`. Fetches `next` on the way.
 ///
 /// # Safety
 /// `codes` must have a slab and `acc` C lanes for each 16 and each of `blocks`; `w` eight lanes per block and column.
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn value_page<const C: usize>(codes: *const u8, blocks: &[usize], w: *const Lane, book: Book, acc: *mut Lane) {
+unsafe fn value_page<const C: usize>(
+    codes: *const u8,
+    next: *const u8,
+    blocks: &[usize],
+    w: *const Lane,
+    book: Book,
+    acc: *mut Lane,
+) {
     for slab in 0..blocks.len() / SLAB_CHANNELS {
         for row in 0..8 {
             let c = slab * SLAB_CHANNELS + row;
             // SAFETY: c and c + 8 are channels, their blocks have weights, and each slab has 8 rows of 64 bytes.
             unsafe {
                 let w = [w.add(blocks[c] * 8 * C), w.add(blocks[c + 8] * 8 * C)];
+                _mm_prefetch::<_MM_HINT_T0>(next.wrapping_add(SLAB * slab + 64 * row).cast());
                 let to = [acc.add(c * C), acc.add((c + 8) * C)];
                 let mut sum = [[_mm256_setzero_ps(); C]; 2];
                 for (s, to) in sum.iter_mut().zip(to) {
@@ -181,6 +220,7 @@ pub(super) struct Lanes {
     /// Block of each stored value channel.
     blocks: Vec<usize>,
     fields: Vec<f32>,
+    codes: Vec<u8>,
     /// Scales, then zero points, `[block][64]` in lane places.
     token_fields: [Vec<f32>; 2],
     weights: Vec<Lane>,
@@ -322,26 +362,21 @@ impl Lanes {
         base
     }
 
-    /// Scores of a page: column `i`'s 64 go to `scores[i * stride..]`, in lane places.
-    pub(super) fn keys(
-        &mut self,
-        codec: &SideCodec,
-        half: &[u8],
-        levels: &[f32; 16],
-        count: usize,
-        scores: &mut [f32],
-        stride: usize,
-    ) {
+    /// Scores of a page: column `i`'s 64 go to `scores[i * stride..]`, in lane places. `levels` has 16 for each slab.
+    pub(super) fn keys(&mut self, codec: &SideCodec, half: &Half, levels: &[[f32; 16]], scores: &mut [f32], stride: usize) {
         // SAFETY: codes are read in place only where the features were found.
-        unsafe { self.keys_avx2(codec, half, levels, count, scores, stride) };
+        unsafe { self.keys_avx2(codec, half, levels, scores, stride) };
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn keys_avx2(&mut self, codec: &SideCodec, half: &[u8], levels: &[f32; 16], count: usize, scores: &mut [f32], stride: usize) {
+    fn keys_avx2(&mut self, codec: &SideCodec, half: &Half, levels: &[[f32; 16]], scores: &mut [f32], stride: usize) {
         let layout = &codec.layout;
-        read_fields(Simd::Avx2, codec, half, &mut self.fields);
-        let book = book(levels);
-        let codes = &half[..layout.slabs.len() * SLAB];
+        read_fields(Simd::Avx2, codec, half.bytes, &mut self.fields);
+        fetch(&half.next[half.next.len().min(layout.code_bytes)..]);
+        let mut room = std::mem::take(&mut self.codes);
+        let codes = four_bits(codec, half, &mut room);
+        assert!(codes.len() == levels.len() * SLAB && levels.len() * SLAB_CHANNELS == layout.stored);
+        let next = half.next.as_ptr();
         let mut products = [[0f32; PAGE_TOKENS]; SHARED];
         let per_channel = if let FieldAxis::PerChannel { group } = layout.axis {
             let fields = std::mem::take(&mut self.fields);
@@ -349,7 +384,7 @@ impl Lanes {
             self.fields = fields;
             Some(base)
         } else {
-            token_fields(codec, &self.fields, count, &mut self.token_fields);
+            token_fields(codec, &self.fields, half.count, &mut self.token_fields);
             None
         };
         for first in (0..self.columns).step_by(SHARED) {
@@ -357,9 +392,7 @@ impl Lanes {
             let lanes = &self.laid_q[first * layout.stored / 2..][..share * layout.stored / 2];
             if let Some(base) = &per_channel {
                 // SAFETY: all slabs, and eight lanes for each slab and column.
-                unsafe {
-                    by_columns!(share, key_page(codes.as_ptr(), layout.slabs.len(), lanes.as_ptr(), book, &mut products));
-                }
+                unsafe { by_columns!(share, key_page(codes.as_ptr(), next, levels, lanes.as_ptr(), &mut products)) };
                 for (i, products) in products.iter().enumerate().take(share) {
                     let to = scores[(first + i) * stride..][..PAGE_TOKENS].chunks_exact_mut(4);
                     for (to, x) in to.zip(products.chunks_exact(4)) {
@@ -370,8 +403,9 @@ impl Lanes {
             }
             for (r, &(slab, slabs, block)) in self.ranges.iter().enumerate() {
                 let (codes, lanes) = (&codes[slab * SLAB..][..slabs * SLAB], &lanes[slab * 8 * share..]);
+                let (next, levels) = (next.wrapping_add(slab * SLAB), &levels[slab..slab + slabs]);
                 // SAFETY: the range's slabs, and eight lanes for each slab and column.
-                unsafe { by_columns!(share, key_page(codes.as_ptr(), slabs, lanes.as_ptr(), book, &mut products)) };
+                unsafe { by_columns!(share, key_page(codes.as_ptr(), next, levels, lanes.as_ptr(), &mut products)) };
                 let scale = &self.token_fields[0][block * PAGE_TOKENS..][..PAGE_TOKENS];
                 for (i, products) in products.iter().enumerate().take(share) {
                     let to = &mut scores[(first + i) * stride..][..PAGE_TOKENS];
@@ -387,29 +421,26 @@ impl Lanes {
                 }
             }
         }
+        self.codes = room;
     }
 
     /// Adds the values of a page, weighted: column `i`'s 64 weights stand at `weights[i * stride..]`, in lane places.
-    pub(super) fn values(
-        &mut self,
-        codec: &SideCodec,
-        half: &[u8],
-        levels: &[f32; 16],
-        count: usize,
-        weights: &[f32],
-        stride: usize,
-    ) {
+    pub(super) fn values(&mut self, codec: &SideCodec, half: &Half, levels: &[f32; 16], weights: &[f32], stride: usize) {
         // SAFETY: codes are read in place only where the features were found.
-        unsafe { self.values_avx2(codec, half, levels, count, weights, stride) };
+        unsafe { self.values_avx2(codec, half, levels, weights, stride) };
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn values_avx2(&mut self, codec: &SideCodec, half: &[u8], levels: &[f32; 16], count: usize, weights: &[f32], stride: usize) {
+    fn values_avx2(&mut self, codec: &SideCodec, half: &Half, levels: &[f32; 16], weights: &[f32], stride: usize) {
         let layout = &codec.layout;
-        read_fields(Simd::Avx2, codec, half, &mut self.fields);
-        token_fields(codec, &self.fields, count, &mut self.token_fields);
+        read_fields(Simd::Avx2, codec, half.bytes, &mut self.fields);
+        fetch(&half.next[half.next.len().min(layout.code_bytes)..]);
+        token_fields(codec, &self.fields, half.count, &mut self.token_fields);
         let (book, blocks) = (book(levels), self.token_fields[0].len() / PAGE_TOKENS);
-        let codes = &half[..layout.slabs.len() * SLAB];
+        let mut room = std::mem::take(&mut self.codes);
+        let codes = four_bits(codec, half, &mut room);
+        assert!(codes.len() * SLAB_CHANNELS == self.blocks.len() * SLAB);
+        let next = half.next.as_ptr();
         for first in (0..self.columns).step_by(SHARED) {
             let share = SHARED.min(self.columns - first);
             for (b, lanes) in self.weights.chunks_exact_mut(8 * share).enumerate().take(blocks) {
@@ -423,11 +454,11 @@ impl Lanes {
                             _mm256_mul_ps(_mm256_loadu_ps(p.as_ptr().add(8 * n)), _mm256_loadu_ps(scale.as_ptr().add(8 * n)))
                         };
                     }
-                    for half in 0..2 {
+                    for row in 0..2 {
                         for odd in 0..2 {
                             // Rows n % 8 of one vector are two apart: its words are neighbouring pairs of tokens.
-                            let (x, y) = (w[4 * half + odd], w[4 * half + 2 + odd]);
-                            let at = (half * 4 + odd) * share + i;
+                            let (x, y) = (w[4 * row + odd], w[4 * row + 2 + odd]);
+                            let at = (row * 4 + odd) * share + i;
                             // SAFETY: a lane is eight aligned elements.
                             unsafe {
                                 _mm256_store_ps(lanes[at].0.as_mut_ptr(), _mm256_permute2f128_ps::<0x20>(x, y));
@@ -445,8 +476,9 @@ impl Lanes {
             let acc = &mut self.acc[first * layout.stored..][..share * layout.stored];
             let w = self.weights.as_ptr();
             // SAFETY: all slabs and accumulators, and eight weights for each block and column.
-            unsafe { by_columns!(share, value_page(codes.as_ptr(), &self.blocks, w, book, acc.as_mut_ptr())) };
+            unsafe { by_columns!(share, value_page(codes.as_ptr(), next, &self.blocks, w, book, acc.as_mut_ptr())) };
         }
+        self.codes = room;
     }
 
     /// Ends a run: adds what the pages gave to `out`, `[columns][stored]`.
@@ -471,4 +503,13 @@ impl Lanes {
 fn book(levels: &[f32; 16]) -> Book {
     // SAFETY: 16 levels.
     unsafe { Book(_mm256_loadu_ps(levels.as_ptr()), _mm256_loadu_ps(levels.as_ptr().add(8))) }
+}
+
+/// Asks for the lines of `bytes`.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn fetch(bytes: &[u8]) {
+    for line in bytes.chunks(64) {
+        _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast());
+    }
 }

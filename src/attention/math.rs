@@ -36,7 +36,7 @@ pub(super) fn exp(x: f32) -> f32 {
     let p = 1.0 / 720.0 + r * (1.0 / 5040.0);
     let p = 1.0 / 24.0 + r * (1.0 / 120.0 + r * p);
     let p = 0.5 + r * (1.0 / 6.0 + r * p);
-    let p = 1.0 + (r + r * r * p);
+    let p = 1.0 + (r + (r * r) * p);
     let power = f32::from_bits(shifted.to_bits().wrapping_sub(MAGIC.to_bits()).wrapping_add(127) << 23);
     if x < -87.0 { 0.0 } else { p * power }
 }
@@ -59,20 +59,26 @@ fn soft_cap_body(x: &mut [f32], cap: f32) {
     x.iter_mut().for_each(|v| *v = cap * tanh(*v * inverse));
 }
 
-/// The body of [`exp_sum`]: eight partial sums, added in a fixed order.
-#[inline(always)]
-fn exp_sum_body(x: &mut [f32], max: f32) -> f32 {
+/// Replaces each `x` by `exp(x - max)` and returns their sum: eight partial sums, added in a fixed order.
+pub(super) fn exp_sum(simd: Simd, x: &mut [f32], max: f32) -> f32 {
+    let (eights, rest) = x.split_at_mut(x.len() / 8 * 8);
     let mut sums = [0f32; 8];
-    let mut eights = x.chunks_exact_mut(8);
-    for eight in &mut eights {
-        for (v, s) in eight.iter_mut().zip(&mut sums) {
+    #[cfg(target_arch = "x86_64")]
+    let done = simd == Simd::Avx2;
+    #[cfg(not(target_arch = "x86_64"))]
+    let done = false;
+    #[cfg(target_arch = "x86_64")]
+    if done {
+        // SAFETY: the features were found.
+        sums = unsafe { super::avx2::exp_sums(eights, max) };
+    }
+    let _ = simd;
+    let parts = if done { &mut [] } else { eights };
+    for part in parts.chunks_exact_mut(8).chain([rest]) {
+        for (v, s) in part.iter_mut().zip(&mut sums) {
             *v = exp(*v - max);
             *s += *v;
         }
-    }
-    for (v, s) in eights.into_remainder().iter_mut().zip(&mut sums) {
-        *v = exp(*v - max);
-        *s += *v;
     }
     ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]))
 }
@@ -115,8 +121,6 @@ macro_rules! dispatch {
 
 dispatch!(/// Replaces scores by `cap * tanh(score / cap)`.
     soft_cap, soft_cap_body, (x: &mut [f32], cap: f32));
-dispatch!(/// Replaces each `x` by `exp(x - max)` and returns their sum.
-    exp_sum, exp_sum_body, (x: &mut [f32], max: f32) -> f32);
 dispatch!(/// The largest element; minus infinity if there is none.
     max, max_body, (x: &[f32]) -> f32);
 

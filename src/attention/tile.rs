@@ -33,9 +33,9 @@ impl<'a> Tables<'a> {
         Self { codec, levels, slots: slots.map(|s| s as u16).collect() }
     }
 
-    /// The first 16 levels of slab 0: all there is at 4 bits.
-    pub(super) fn sixteen(&self) -> [f32; 16] {
-        self.levels[0][..16].try_into().expect("16 of 256 levels")
+    /// The first 16 levels of each slab: all there is at 4 bits.
+    pub(super) fn sixteens(&self) -> Vec<[f32; 16]> {
+        self.levels.iter().map(|l| l[..16].try_into().expect("16 of 256 levels")).collect()
     }
 }
 
@@ -88,6 +88,41 @@ fn unpack(layout: &SideLayout, half: &[u8], slab: usize, codes: &mut Vec<u8>) {
         }
         at += bytes.len();
         shift += p;
+    }
+}
+
+/// Codes of slabs of at most 4 bits, widened to 4 bits in the same order: 512 bytes for each slab.
+pub(super) fn widen(layout: &SideLayout, half: &[u8], out: &mut Vec<u8>) {
+    out.clear();
+    out.resize(layout.slabs.len() * SLOTS / 2, 0);
+    for (slab, to) in layout.slabs.iter().zip(out.chunks_exact_mut(SLOTS / 2)) {
+        let (mut at, mut shift) = (slab.offset, 0);
+        for &p in planes(slab.width) {
+            let bytes = &half[at..at + usize::from(p) * 128];
+            match p {
+                1 => {
+                    for (o, &b) in to.chunks_exact_mut(4).zip(bytes) {
+                        // Eight bits move to the lowest places of eight nibbles, by halves.
+                        let x = u32::from(b);
+                        let x = (x | x << 12) & 0x000f_000f;
+                        let x = (x | x << 6) & 0x0303_0303;
+                        let x = (x | x << 3) & 0x1111_1111;
+                        o.iter_mut().zip((x << shift).to_le_bytes()).for_each(|(o, x)| *o |= x);
+                    }
+                }
+                2 => {
+                    for (o, &b) in to.chunks_exact_mut(2).zip(bytes) {
+                        let x = u16::from(b);
+                        let x = (x | x << 4) & 0x0f0f;
+                        let x = (x | x << 2) & 0x3333;
+                        o.iter_mut().zip((x << shift).to_le_bytes()).for_each(|(o, x)| *o |= x);
+                    }
+                }
+                _ => to.copy_from_slice(bytes),
+            }
+            at += bytes.len();
+            shift += p;
+        }
     }
 }
 
