@@ -251,9 +251,10 @@ def test_demo_on_a_tiny_model(folder: str, capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.model
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif(not importlib.util.find_spec("gguf"), reason="needs the package gguf")
 def test_demo_on_the_real_model(capsys: pytest.CaptureFixture[str]) -> None:
-    objects = run_demo(capsys)
+    objects = run_demo(capsys, "--max-new-tokens", "64")
     assert [o["scheme"] for o in objects] == ["nqkv4", "nqkv"]
     for o in objects:
         check_shape(o)

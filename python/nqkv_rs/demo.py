@@ -6,7 +6,8 @@ Three measurements, each where it means something:
 * **Memory and speed** at ``--context`` tokens of a long text (``context_tokens``), because after a
   short prompt most of a packed cache is still its exact tail. Bytes are those allocated for the
   cache right after the prefill of exactly so many tokens, and are compared with 16 bits per number
-  whatever the model's dtype. Tokens per second are those of greedy decoding from there on, without
+  whatever the model's dtype. Where a model has layers that are not full attention, ``total`` holds
+  their bytes too, so it exceeds the sum of the four parts. Tokens per second are those of greedy decoding from there on, without
   the prefill; dense and packed caches take turns token by token.
 * **Quality** by the protocol of :mod:`nqkv_rs.evaluation`, beside a plain e4m3 cache.
 
@@ -317,6 +318,8 @@ def _show(rows: list[dict[str, Any]], console: Console) -> None:
     line("cache bytes", f"{first['dense_bytes']:,}", lambda r: f"{r['cache_bytes']['total']:,}")
     for part in _BYTES[:-1]:
         line(f"  {part}", "", lambda r, part=part: f"{r['cache_bytes'][part]:,}")  # type: ignore[misc]
+    if any(_unpacked(row) for row in rows):
+        line("  layers not packed", "", lambda r: f"{_unpacked(r):,}")
     line("ratio to 16 bits", "1.00", lambda r: f"{r['ratio']:.2f}")
     line("effective bits", "16.00", lambda r: f"{r['effective_bits']:.2f}")
     speed = "tokens_per_second"
@@ -329,6 +332,12 @@ def _show(rows: list[dict[str, Any]], console: Console) -> None:
         table.caption = f"quality over {first['scored_tokens']} tokens"
     console.print()
     console.print(table)
+
+
+def _unpacked(row: dict[str, Any]) -> int:
+    """Bytes of the layers that stay the library's own, for example those with a sliding window."""
+    used = row["cache_bytes"]
+    return int(used["total"] - sum(used[part] for part in _BYTES[:-1]))
 
 
 def _percent(share: float | None) -> str:
