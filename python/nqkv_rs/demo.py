@@ -7,8 +7,8 @@ Three measurements, each where it means something:
   short prompt most of a packed cache is still its exact tail. Bytes are those allocated for the
   cache right after the prefill of exactly so many tokens, and are compared with 16 bits per number
   whatever the model's dtype. Where a model has layers that are not full attention, ``total`` holds
-  their bytes too, so it exceeds the sum of the four parts. Tokens per second are those of greedy decoding from there on, without
-  the prefill; dense and packed caches take turns token by token.
+  their bytes too, so it exceeds the sum of the four parts. Tokens per second are those of greedy
+  decoding from there on, without the prefill; dense and packed caches take turns token by token.
 * **Quality** by the protocol of :mod:`nqkv_rs.evaluation`, beside a plain e4m3 cache.
 
 With ``--json``, standard output gets one object per scheme and nothing else. Keys:
