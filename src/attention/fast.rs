@@ -5,7 +5,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 #[cfg(target_arch = "x86_64")]
-use super::lanes::Half;
+use super::lanes::{Book, Half};
 use super::math::{Product, Simd, exp, exp_sum, max, soft_cap};
 use super::tile::{self, Scratch, Tables};
 use super::{Plan, Source, Tile};
@@ -110,9 +110,9 @@ fn in_place(plan: &Plan, simd: Simd) -> (bool, bool) {
     (false, false)
 }
 
-/// Natural place of the token at lane place `p`: lanes hold the four tokens `16 i + n % 16` together.
+/// Token at lane place `p`: `n/16`, then `n%8 / 4`, `n % 2`, `n/2 % 2`, `n/8 % 2`.
 pub(super) fn token_of_place(p: usize) -> usize {
-    16 * (p % 4) + 8 * (p / 4 % 2) + p / 8
+    p / 16 * 16 + 8 * (p % 2) + 4 * (p / 8 % 2) + 2 * (p / 2 % 2) + p / 4 % 2
 }
 
 impl Partial {
@@ -179,7 +179,8 @@ impl Kernel<'_> {
             let p = Product { a, a_stride: dim, b, b_stride: 64, c_stride: width, rows: columns, depth: dim, width: 64 };
             p.run(simd, &mut scores[at..]);
         };
-        let key_levels = self.key.sixteens();
+        #[cfg(target_arch = "x86_64")]
+        let books: Vec<Book> = self.key.sixteens().iter().map(Book::new).collect();
         let pages = |from: usize| {
             tiles[from..].iter().filter_map(|t| match t.source {
                 Source::Page(p) => Some(codec.halves(plan.views[b].pages[p].0, h)),
@@ -195,7 +196,7 @@ impl Kernel<'_> {
                     // After the last keys come the first values.
                     let next = pages(i + 1).next().map(|half| half.0).or(pages(0).next().map(|half| half.1));
                     let half = Half { bytes: half, count: tile.count, next: next.unwrap_or(half) };
-                    room.lanes.keys(&codec.key, &half, &key_levels, &mut scores[at..], width);
+                    room.lanes.keys(&codec.key, &half, &books, &mut scores[at..], width);
                     continue;
                 }
                 tile::keys(simd, &self.key, half, h, tile.count, &mut room.tile);
@@ -240,6 +241,8 @@ impl Kernel<'_> {
         let codec = plan.cache.codec();
         let (b, h, stored) = (unit.b, unit.h, codec.value.layout.stored);
         let mut natural = Vec::new();
+        #[cfg(target_arch = "x86_64")]
+        let book = Book::new(&self.value.sixteens()[0]);
         for (i, tile) in tiles.iter().enumerate() {
             let (mut at, mut stride) = (i * PAGE_TOKENS, width);
             let mut weights = &mut room.scores;
@@ -264,7 +267,7 @@ impl Kernel<'_> {
                         _ => None,
                     });
                     let half = Half { bytes: half, count: tile.count, next: next.unwrap_or(half) };
-                    room.lanes.values(&codec.value, &half, &self.value.sixteens()[0], &weights[at..], stride);
+                    room.lanes.values(&codec.value, &half, &book, &weights[at..], stride);
                     continue;
                 }
                 tile::values(simd, &self.value, half, h, tile.count, &mut room.tile);

@@ -1,12 +1,13 @@
 //! 4-bit codes read where they lie, for few query columns: eight 32-bit words of a slab at a time.
 //!
-//! A nibble's place in its word fixes what it is: bit 0, 1, 2 of the place are `c % 2`, `n/8 % 2`, `c/8 % 2` for keys and
-//! `n % 2`, `c/8 % 2`, `n/8 % 2` for values. The words of a vector are four `n / 16` for each of two neighbouring pairs. So one
-//! shift and one table of 16 levels give eight factors of a fused multiply-add, whose other factor (queries times key scales,
-//! or softmax weights times value scales) was laid out once for the whole page: no multiply by a scale per element, and lanes
-//! are added across only at the end of a page (keys) or of a run (values).
+//! The 16 levels are fp16 numbers, so that three bytes of their fp32 form are all there is: three byte tables of 16 entries give
+//! the levels of 32 codes, and interleaving them gives fp32 vectors. Bits of a code's place in its word are `c % 2`, `n/8 % 2`,
+//! `c/8 % 2` for keys and `n % 2`, `c/8 % 2`, `n/8 % 2` for values; so a vector holds the four codes of one word (low or high
+//! nibbles) and of the word four further, which is the next pair of channels (keys) or tokens (values). Its other factor in a
+//! fused multiply-add (queries times key scales, or softmax weights times value scales) was laid out once for the whole page: no
+//! multiply by a scale per element, and lanes are added across only at the end of a page (keys) or of a run (values).
 //!
-//! Scores stand in **lane places**: token `n` at `8 (n % 8) + 4 (n/8 % 2) + n / 16`.
+//! Scores stand in **lane places**: the order in which values want their weights ([`token_of_place`]).
 
 use std::arch::x86_64::*;
 
@@ -63,131 +64,166 @@ fn four_bits<'a>(codec: &SideCodec, half: &Half<'a>, room: &'a mut Vec<u8>) -> &
     &half.bytes[..codec.layout.slabs.len() * SLAB]
 }
 
-/// The 16 levels as two registers.
-#[derive(Clone, Copy)]
-struct Book(__m256, __m256);
+/// The three upper bytes of 16 fp32 levels, lowest first; the last byte of an fp16 number's fp32 form is zero.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Book([[u8; 16]; 3]);
 
-/// Levels of one nibble of each word: `RIGHT` is its first bit, `LEFT` = 28 - `RIGHT`.
+impl Book {
+    pub(super) fn new(levels: &[f32; 16]) -> Self {
+        debug_assert!(levels.iter().all(|l| l.to_bits() & 0xff == 0));
+        Self([1, 2, 3].map(|byte| levels.map(|l| l.to_le_bytes()[byte])))
+    }
+
+    /// As registers.
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn load(&self) -> [__m256i; 3] {
+        // SAFETY: each table has 16 bytes.
+        self.0.map(|t| unsafe { _mm256_broadcastsi128_si256(_mm_loadu_si128(t.as_ptr().cast())) })
+    }
+}
+
+/// Levels of the codes (one in each byte) of words 0 and 1 of each half, or of words 2 and 3 if `UPPER`.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn level<const RIGHT: i32, const LEFT: i32>(words: __m256i, book: Book) -> __m256 {
-    // The table takes the low three bits of each index; the fourth, moved to the sign, chooses the half.
-    let index = _mm256_srli_epi32::<RIGHT>(words);
-    let upper = _mm256_castsi256_ps(_mm256_slli_epi32::<LEFT>(words));
-    _mm256_blendv_ps(_mm256_permutevar8x32_ps(book.0, index), _mm256_permutevar8x32_ps(book.1, index), upper)
+fn levels<const UPPER: bool>(codes: __m256i, book: [__m256i; 3]) -> [__m256; 2] {
+    let bytes = [_mm256_shuffle_epi8(book[0], codes), _mm256_shuffle_epi8(book[1], codes), _mm256_shuffle_epi8(book[2], codes)];
+    interleave::<UPPER>(bytes)
 }
 
-/// Calls a macro for the eight nibbles of a word.
-macro_rules! nibbles {
-    ($step:ident) => {
-        $step!(0, 0, 28);
-        $step!(1, 4, 24);
-        $step!(2, 8, 20);
-        $step!(3, 12, 16);
-        $step!(4, 16, 12);
-        $step!(5, 20, 8);
-        $step!(6, 24, 4);
-        $step!(7, 28, 0);
+/// The second half of [`levels`].
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn interleave<const UPPER: bool>(bytes: [__m256i; 3]) -> [__m256; 2] {
+    let zero = _mm256_setzero_si256();
+    let (low, high) = if UPPER {
+        (_mm256_unpackhi_epi8(zero, bytes[0]), _mm256_unpackhi_epi8(bytes[1], bytes[2]))
+    } else {
+        (_mm256_unpacklo_epi8(zero, bytes[0]), _mm256_unpacklo_epi8(bytes[1], bytes[2]))
     };
+    [_mm256_castsi256_ps(_mm256_unpacklo_epi16(low, high)), _mm256_castsi256_ps(_mm256_unpackhi_epi16(low, high))]
 }
 
-/// Products of `C` queries with the 64 tokens of some slabs, one for each of `levels`, in lane places. `q` is
-/// `[slab][half][c/8, c%2][C]`. Fetches the 512 bytes per slab at `next` on the way.
+/// Low and high nibbles, one in each byte.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn nibbles(words: __m256i) -> [__m256i; 2] {
+    let mask = _mm256_set1_epi8(15);
+    [_mm256_and_si256(words, mask), _mm256_and_si256(_mm256_srli_epi16::<4>(words), mask)]
+}
+
+/// Products of `C` queries with the 64 tokens of some slabs, one for each of `books`, in lane places. `q` is
+/// `[slab][half][c%2][C]` for each of four `n / 16`. Fetches the 512 bytes per slab at `next` on the way.
 ///
 /// # Safety
-/// `codes` must have a slab for each of `levels`, `q` eight lanes per slab and column.
+/// `codes` must have a slab for each of `books`, each `q` four lanes per slab and column.
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn key_page<const C: usize>(
     codes: *const u8,
     next: *const u8,
-    levels: &[[f32; 16]],
-    q: *const Lane,
+    books: &[Book],
+    q: [*const Lane; 4],
     out: &mut [[f32; 64]],
 ) {
     for row in 0..8 {
-        // With one or two columns, twice the sums hide the latency of the multiply-add.
-        let mut sum = [[_mm256_setzero_ps(); C]; 4];
-        for half in 0..2 * levels.len() {
-            // SAFETY: half < 2 slabs, row < 8: inside the codes, and inside q. A prefetch reads nothing.
-            unsafe {
-                let at = SLAB * (half / 2) + 64 * row + 32 * (half % 2);
-                if half % 2 == 0 {
-                    // A line of each slab in turn is a pattern that no hardware guesses.
-                    _mm_prefetch::<_MM_HINT_T0>(next.wrapping_add(at).cast());
-                }
-                let words = _mm256_loadu_si256(codes.add(at).cast());
-                let book = book(&levels[half / 2]);
-                let q = q.add(half * 4 * C);
-                macro_rules! step {
-                    ($k:literal, $right:literal, $left:literal) => {
-                        let x = level::<$right, $left>(words, book);
-                        let s = &mut sum[($k >> 1 & 1) + if C <= 2 { 2 * ($k >> 2) } else { 0 }];
-                        for c in 0..C {
-                            let at = q.add((($k >> 2) * 2 + ($k & 1)) * C + c);
-                            s[c] = _mm256_fmadd_ps(x, _mm256_load_ps(at.cast()), s[c]);
-                        }
-                    };
-                }
-                nibbles!(step);
-            }
-        }
-        for c in 0..C {
-            for eight in 0..2 {
-                let s = if C <= 2 { _mm256_add_ps(sum[eight][c], sum[eight + 2][c]) } else { sum[eight][c] };
-                let s = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps::<1>(s));
-                // SAFETY: 8 row + 4 eight + 4 <= 64.
-                unsafe { _mm_storeu_ps(out[c].as_mut_ptr().add(8 * row + 4 * eight), s) };
-            }
+        // SAFETY: row < 8, and the caller's bounds.
+        unsafe {
+            key_row::<C, false>(codes, next, books, [q[0], q[1]], row, out);
+            key_row::<C, true>(codes, next, books, [q[2], q[3]], row, out);
         }
     }
 }
 
-/// Adds the values of a page to `acc`, `[stored][C]`. `w` is `[block][n%8 / 4, n/8, n%2][C]`. Fetches `next` on the way.
+/// The tokens `16 i + row` and `16 i + row + 8` of [`key_page`], for `i` 0 and 1, or 2 and 3 if `UPPER`.
 ///
 /// # Safety
-/// `codes` must have a slab and `acc` C lanes for each 16 and each of `blocks`; `w` eight lanes per block and column.
+/// As for [`key_page`].
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn key_row<const C: usize, const UPPER: bool>(
+    codes: *const u8,
+    next: *const u8,
+    books: &[Book],
+    q: [*const Lane; 2],
+    row: usize,
+    out: &mut [[f32; 64]],
+) {
+    let mut sum = [[_mm256_setzero_ps(); C]; 2];
+    for (slab, book) in books.iter().enumerate() {
+        let book = book.load();
+        let at = SLAB * slab + 64 * row;
+        if !UPPER {
+            // A line of each slab in turn is a pattern that no hardware guesses. A prefetch reads nothing.
+            _mm_prefetch::<_MM_HINT_T0>(next.wrapping_add(at).cast());
+        }
+        for half in 0..2 {
+            // SAFETY: inside the slab, and inside q.
+            unsafe {
+                let words = _mm256_loadu_si256(codes.add(at + 32 * half).cast());
+                for (odd, codes) in nibbles(words).into_iter().enumerate() {
+                    let x = levels::<UPPER>(codes, book);
+                    let lane = ((slab * 2 + half) * 2 + odd) * C;
+                    for c in 0..C {
+                        for i in 0..2 {
+                            sum[i][c] = _mm256_fmadd_ps(x[i], _mm256_load_ps(q[i].add(lane + c).cast()), sum[i][c]);
+                        }
+                    }
+                }
+            }
+        }
+    }
+    let first = 8 * (row / 4) + 4 * (row % 2) + 2 * (row / 2 % 2) + if UPPER { 32 } else { 0 };
+    for (i, sum) in sum.iter().enumerate() {
+        for (s, out) in sum.iter().zip(out.iter_mut()) {
+            let s = _mm_add_ps(_mm256_castps256_ps128(*s), _mm256_extractf128_ps::<1>(*s));
+            let s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+            let to = &mut out[first + 16 * i..][..2];
+            // SAFETY: two elements.
+            unsafe { _mm_storel_epi64(to.as_mut_ptr().cast(), _mm_castps_si128(s)) };
+        }
+    }
+}
+
+/// Adds the values of a page to `acc`, `[slab][c%8][C]`. `w` is `[pair][n/16][n%8 / 4][n%2][C]`, `pairs` the pair of blocks of
+/// each slab's eight neighbours `c, c + 8`. Fetches `next` on the way.
+///
+/// # Safety
+/// `codes` must have a slab and `acc` eight C lanes for each eight `pairs`; `w` 16 lanes per pair and column.
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn value_page<const C: usize>(
     codes: *const u8,
     next: *const u8,
-    blocks: &[usize],
+    pairs: &[usize],
     w: *const Lane,
-    book: Book,
+    book: &Book,
     acc: *mut Lane,
 ) {
-    for slab in 0..blocks.len() / SLAB_CHANNELS {
-        for row in 0..8 {
-            let c = slab * SLAB_CHANNELS + row;
-            // SAFETY: c and c + 8 are channels, their blocks have weights, and each slab has 8 rows of 64 bytes.
-            unsafe {
-                let w = [w.add(blocks[c] * 8 * C), w.add(blocks[c + 8] * 8 * C)];
-                _mm_prefetch::<_MM_HINT_T0>(next.wrapping_add(SLAB * slab + 64 * row).cast());
-                let to = [acc.add(c * C), acc.add((c + 8) * C)];
-                let mut sum = [[_mm256_setzero_ps(); C]; 2];
-                for (s, to) in sum.iter_mut().zip(to) {
-                    for (i, s) in s.iter_mut().enumerate() {
-                        *s = _mm256_load_ps(to.add(i).cast());
+    let book = book.load();
+    for (line, pair) in pairs.iter().enumerate() {
+        // SAFETY: a line of 64 bytes and C lanes for each of `pairs`; 16 lanes of weights for each pair and column.
+        unsafe {
+            let w = w.add(pair * 16 * C);
+            let to = acc.add(line * C);
+            _mm_prefetch::<_MM_HINT_T0>(next.wrapping_add(64 * line).cast());
+            let mut sum = [[_mm256_setzero_ps(); C]; 2];
+            for (c, s) in sum[0].iter_mut().enumerate() {
+                *s = _mm256_load_ps(to.add(c).cast());
+            }
+            for half in 0..2 {
+                let words = _mm256_loadu_si256(codes.add(64 * line + 32 * half).cast());
+                for (odd, codes) in nibbles(words).into_iter().enumerate() {
+                    let bytes = book.map(|t| _mm256_shuffle_epi8(t, codes));
+                    let (x, y) = (interleave::<false>(bytes), interleave::<true>(bytes));
+                    for (i, x) in [x[0], x[1], y[0], y[1]].into_iter().enumerate() {
+                        for c in 0..C {
+                            let at = w.add((i * 4 + half * 2 + odd) * C + c);
+                            sum[i % 2][c] = _mm256_fmadd_ps(x, _mm256_load_ps(at.cast()), sum[i % 2][c]);
+                        }
                     }
                 }
-                for half in 0..2 {
-                    let words = _mm256_loadu_si256(codes.add(SLAB * slab + 64 * row + 32 * half).cast());
-                    macro_rules! step {
-                        ($k:literal, $right:literal, $left:literal) => {
-                            let x = level::<$right, $left>(words, book);
-                            for i in 0..C {
-                                let at = w[$k >> 1 & 1].add((half * 4 + ($k >> 2) * 2 + ($k & 1)) * C + i);
-                                let s = &mut sum[$k >> 1 & 1][i];
-                                *s = _mm256_fmadd_ps(x, _mm256_load_ps(at.cast()), *s);
-                            }
-                        };
-                    }
-                    nibbles!(step);
-                }
-                for (s, to) in sum.iter().zip(to) {
-                    for (i, s) in s.iter().enumerate() {
-                        _mm256_store_ps(to.add(i).cast(), *s);
-                    }
-                }
+            }
+            for c in 0..C {
+                _mm256_store_ps(to.add(c).cast(), _mm256_add_ps(sum[0][c], sum[1][c]));
             }
         }
     }
@@ -211,7 +247,7 @@ pub(super) struct Lanes {
     columns: usize,
     /// Queries, `[column][stored]`, channels of a slab in the order `(c%8) / 2, c/8, c%2` of the fields.
     q: Vec<f32>,
-    /// Queries times key scales, for each part of at most four columns.
+    /// Queries times key scales, for each part of at most four columns and each token group.
     laid_q: Vec<Lane>,
     /// First slab, slabs, block: the keys' blocks, if fields are per token.
     ranges: Vec<(usize, usize, usize)>,
@@ -219,6 +255,9 @@ pub(super) struct Lanes {
     q_sums: Vec<f32>,
     /// Block of each stored value channel.
     blocks: Vec<usize>,
+    /// Blocks of channels that stand side by side in a vector, and which of them each `c, c + 8` are.
+    block_pairs: Vec<[usize; 2]>,
+    pairs: Vec<usize>,
     fields: Vec<f32>,
     codes: Vec<u8>,
     /// Scales, then zero points, `[block][64]` in lane places.
@@ -237,14 +276,14 @@ fn channel_of_place(p: usize) -> usize {
 /// Per-token fields as `[block][64]` in lane places; zeros from token `count` on, so that nothing unwritten is used.
 fn token_fields(codec: &SideCodec, fields: &[f32], count: usize, out: &mut [Vec<f32>; 2]) {
     let FieldAxis::PerToken { blocks } = codec.layout.axis else { unreachable!("per-token fields") };
+    let before = codec.layout.code_bytes / codec.layout.field_size;
     for (f, out) in out.iter_mut().enumerate().take(codec.layout.fields) {
         out.resize(blocks * PAGE_TOKENS, 0.0);
         for (b, row) in out.chunks_exact_mut(PAGE_TOKENS).enumerate() {
             for (p, o) in row.iter_mut().enumerate() {
-                // The fields' order of a token's eight: n/16, then n/8 % 2.
-                let place = p / 8 * 8 + 2 * (p % 4) + p / 4 % 2;
-                let x = fields[codec.layout.fields * blocks * place + blocks * f + b];
-                *o = if count == PAGE_TOKENS || token_of_place(p) < count { x } else { 0.0 };
+                let n = token_of_place(p);
+                let x = fields[codec.layout.token_field(n, b, f) / codec.layout.field_size - before];
+                *o = if n < count { x } else { 0.0 };
             }
         }
     }
@@ -261,7 +300,8 @@ impl Lanes {
                 let place = |p: usize| row.get(key.channel(h, channel_of_place(p))).copied().unwrap_or(0.0);
                 self.q.extend((0..stored).map(place));
             }
-            self.laid_q.resize(self.columns * stored / 2, Lane::default());
+            let groups = if let FieldAxis::PerChannel { group } = key.layout.axis { PAGE_TOKENS / group } else { 1 };
+            self.laid_q.resize(groups * self.columns * stored / 4, Lane::default());
             self.ranges.clear();
             self.q_sums.clear();
             if let FieldAxis::PerToken { .. } = key.layout.axis {
@@ -286,9 +326,20 @@ impl Lanes {
             let FieldAxis::PerToken { blocks } = value.layout.axis else { unreachable!("per-token fields") };
             self.blocks.clear();
             self.blocks.extend((0..stored).map(|c| value.block_of(h, c)));
-            self.weights.resize(self.columns.min(SHARED) * blocks * 8, Lane::default());
+            self.block_pairs.clear();
+            self.pairs.clear();
+            for line in 0..stored / 2 {
+                let c = line / 8 * 16 + line % 8;
+                let pair = [self.blocks[c], self.blocks[c + 8]];
+                let known = self.block_pairs.iter().position(|p| *p == pair);
+                self.pairs.push(known.unwrap_or(self.block_pairs.len()));
+                if known.is_none() {
+                    self.block_pairs.push(pair);
+                }
+            }
+            self.weights.resize(self.columns.min(SHARED) * self.block_pairs.len() * 16, Lane::default());
             self.acc.clear();
-            self.acc.resize(self.columns * stored, Lane::default());
+            self.acc.resize(self.columns * stored / 2, Lane::default());
             self.zeros.clear();
             self.zeros.resize(self.columns * blocks, 0.0);
         }
@@ -299,83 +350,65 @@ impl Lanes {
     #[target_feature(enable = "avx2,fma,f16c")]
     fn lay_queries(&mut self, stored: usize, fields: usize, group: usize, scales: Option<&[f32]>) -> [[f32; 4]; 16] {
         let mut base = [[0f32; 4]; 16];
+        let groups = PAGE_TOKENS / group;
         for first in (0..self.columns).step_by(SHARED) {
             let count = SHARED.min(self.columns - first);
-            let mut dots = [[_mm256_setzero_ps(); 4]; SHARED];
-            let lanes = &mut self.laid_q[first * stored / 2..][..count * stored / 2];
-            for (half, lanes) in lanes.chunks_exact_mut(4 * count).enumerate() {
-                let mut part = [(_mm256_set1_ps(1.0), _mm256_setzero_ps()); 4];
-                if let Some(scales) = scales {
-                    for (g, part) in part.iter_mut().enumerate().take(PAGE_TOKENS / group) {
+            let all = &mut self.laid_q[groups * first * stored / 4..][..groups * count * stored / 4];
+            for (g, lanes) in all.chunks_exact_mut(count * stored / 4).enumerate() {
+                let mut dots = [_mm256_setzero_ps(); SHARED];
+                for (half, lanes) in lanes.chunks_exact_mut(2 * count).enumerate() {
+                    let (mut scale, mut mean) = (_mm256_set1_ps(1.0), _mm256_setzero_ps());
+                    if let Some(scales) = scales {
                         let at = &scales[fields * (g * stored + 8 * half)..][..8 * fields];
                         // SAFETY: `at` has 8 or 16 elements.
-                        *part = unsafe {
-                            let x = _mm256_loadu_ps(at.as_ptr());
-                            if fields == 1 {
-                                (x, _mm256_setzero_ps())
-                            } else {
+                        unsafe {
+                            scale = _mm256_loadu_ps(at.as_ptr());
+                            if fields == 2 {
                                 let y = _mm256_loadu_ps(at.as_ptr().add(8));
-                                (_mm256_permute2f128_ps::<0x20>(x, y), _mm256_permute2f128_ps::<0x31>(x, y))
+                                mean = _mm256_permute2f128_ps::<0x31>(scale, y);
+                                scale = _mm256_permute2f128_ps::<0x20>(scale, y);
                             }
-                        };
+                        }
+                    }
+                    for i in 0..count {
+                        let q = &self.q[(first + i) * stored + 8 * half..][..8];
+                        // SAFETY: q and a lane have eight elements.
+                        unsafe {
+                            let q = _mm256_loadu_ps(q.as_ptr());
+                            dots[i] = _mm256_fmadd_ps(q, mean, dots[i]);
+                            let x = _mm256_mul_ps(q, scale);
+                            // Even channels, then odd ones, each for both n/8.
+                            _mm256_store_ps(lanes[i].0.as_mut_ptr(), _mm256_moveldup_ps(x));
+                            _mm256_store_ps(lanes[count + i].0.as_mut_ptr(), _mm256_movehdup_ps(x));
+                        }
                     }
                 }
                 for i in 0..count {
-                    let q = &self.q[(first + i) * stored + 8 * half..][..8];
-                    // SAFETY: q has eight elements.
-                    let q = unsafe { _mm256_loadu_ps(q.as_ptr()) };
-                    let mut laid = [_mm256_setzero_ps(); 4];
-                    for g in (0..PAGE_TOKENS / group).rev() {
-                        let x = _mm256_mul_ps(q, part[g].0);
-                        dots[i][g] = _mm256_fmadd_ps(q, part[g].1, dots[i][g]);
-                        let all = [
-                            _mm256_permute_ps::<0x00>(x),
-                            _mm256_permute_ps::<0x55>(x),
-                            _mm256_permute_ps::<0xaa>(x),
-                            _mm256_permute_ps::<0xff>(x),
-                        ];
-                        for (l, x) in laid.iter_mut().zip(all) {
-                            // Groups come last first: each overwrites the lanes n/16 up to its own last.
-                            *l = match (g + 1) * group / 16 {
-                                1 => _mm256_blend_ps::<0x11>(*l, x),
-                                2 => _mm256_blend_ps::<0x33>(*l, x),
-                                3 => _mm256_blend_ps::<0x77>(*l, x),
-                                _ => x,
-                            };
-                        }
-                    }
-                    for (k, l) in laid.into_iter().enumerate() {
-                        // SAFETY: a lane is eight aligned elements.
-                        unsafe { _mm256_store_ps(lanes[k * count + i].0.as_mut_ptr(), l) };
-                    }
-                }
-            }
-            for i in 0..count {
-                for (t, b) in base[first + i].iter_mut().enumerate() {
                     let mut lane = Lane::default();
                     // SAFETY: a lane is eight aligned elements.
-                    unsafe { _mm256_store_ps(lane.0.as_mut_ptr(), dots[i][16 * t / group]) };
-                    *b = lane.0.iter().sum();
+                    unsafe { _mm256_store_ps(lane.0.as_mut_ptr(), dots[i]) };
+                    let dot = lane.0.iter().sum::<f32>();
+                    base[first + i][g * group / 16..(g + 1) * group / 16].fill(dot);
                 }
             }
         }
         base
     }
 
-    /// Scores of a page: column `i`'s 64 go to `scores[i * stride..]`, in lane places. `levels` has 16 for each slab.
-    pub(super) fn keys(&mut self, codec: &SideCodec, half: &Half, levels: &[[f32; 16]], scores: &mut [f32], stride: usize) {
+    /// Scores of a page: column `i`'s 64 go to `scores[i * stride..]`, in lane places. `books` has one for each slab.
+    pub(super) fn keys(&mut self, codec: &SideCodec, half: &Half, books: &[Book], scores: &mut [f32], stride: usize) {
         // SAFETY: codes are read in place only where the features were found.
-        unsafe { self.keys_avx2(codec, half, levels, scores, stride) };
+        unsafe { self.keys_avx2(codec, half, books, scores, stride) };
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn keys_avx2(&mut self, codec: &SideCodec, half: &Half, levels: &[[f32; 16]], scores: &mut [f32], stride: usize) {
+    fn keys_avx2(&mut self, codec: &SideCodec, half: &Half, books: &[Book], scores: &mut [f32], stride: usize) {
         let layout = &codec.layout;
         read_fields(Simd::Avx2, codec, half.bytes, &mut self.fields);
         fetch(&half.next[half.next.len().min(layout.code_bytes)..]);
         let mut room = std::mem::take(&mut self.codes);
         let codes = four_bits(codec, half, &mut room);
-        assert!(codes.len() == levels.len() * SLAB && levels.len() * SLAB_CHANNELS == layout.stored);
+        assert!(codes.len() == books.len() * SLAB && books.len() * SLAB_CHANNELS == layout.stored);
         let next = half.next.as_ptr();
         let mut products = [[0f32; PAGE_TOKENS]; SHARED];
         let per_channel = if let FieldAxis::PerChannel { group } = layout.axis {
@@ -389,23 +422,26 @@ impl Lanes {
         };
         for first in (0..self.columns).step_by(SHARED) {
             let share = SHARED.min(self.columns - first);
-            let lanes = &self.laid_q[first * layout.stored / 2..][..share * layout.stored / 2];
+            let groups = per_channel.as_ref().map_or(1, |_| self.laid_q.len() * 4 / (self.columns * layout.stored));
+            let lanes = &self.laid_q[groups * first * layout.stored / 4..][..groups * share * layout.stored / 4];
+            let q = [0, 1, 2, 3].map(|i| lanes[i * groups / 4 * (share * layout.stored / 4)..].as_ptr());
             if let Some(base) = &per_channel {
                 // SAFETY: all slabs, and eight lanes for each slab and column.
-                unsafe { by_columns!(share, key_page(codes.as_ptr(), next, levels, lanes.as_ptr(), &mut products)) };
+                unsafe { by_columns!(share, key_page(codes.as_ptr(), next, books, q, &mut products)) };
                 for (i, products) in products.iter().enumerate().take(share) {
-                    let to = scores[(first + i) * stride..][..PAGE_TOKENS].chunks_exact_mut(4);
-                    for (to, x) in to.zip(products.chunks_exact(4)) {
-                        to.iter_mut().zip(x).zip(&base[first + i]).for_each(|((o, x), b)| *o = x + b);
+                    let to = scores[(first + i) * stride..][..PAGE_TOKENS].chunks_exact_mut(16);
+                    for ((to, x), b) in to.zip(products.chunks_exact(16)).zip(&base[first + i]) {
+                        to.iter_mut().zip(x).for_each(|(o, x)| *o = x + b);
                     }
                 }
                 continue;
             }
             for (r, &(slab, slabs, block)) in self.ranges.iter().enumerate() {
-                let (codes, lanes) = (&codes[slab * SLAB..][..slabs * SLAB], &lanes[slab * 8 * share..]);
-                let (next, levels) = (next.wrapping_add(slab * SLAB), &levels[slab..slab + slabs]);
+                let codes = &codes[slab * SLAB..][..slabs * SLAB];
+                let q = [lanes[slab * 4 * share..].as_ptr(); 4];
+                let (next, books) = (next.wrapping_add(slab * SLAB), &books[slab..slab + slabs]);
                 // SAFETY: the range's slabs, and eight lanes for each slab and column.
-                unsafe { by_columns!(share, key_page(codes.as_ptr(), next, levels, lanes.as_ptr(), &mut products)) };
+                unsafe { by_columns!(share, key_page(codes.as_ptr(), next, books, q, &mut products)) };
                 let scale = &self.token_fields[0][block * PAGE_TOKENS..][..PAGE_TOKENS];
                 for (i, products) in products.iter().enumerate().take(share) {
                     let to = &mut scores[(first + i) * stride..][..PAGE_TOKENS];
@@ -425,58 +461,53 @@ impl Lanes {
     }
 
     /// Adds the values of a page, weighted: column `i`'s 64 weights stand at `weights[i * stride..]`, in lane places.
-    pub(super) fn values(&mut self, codec: &SideCodec, half: &Half, levels: &[f32; 16], weights: &[f32], stride: usize) {
+    pub(super) fn values(&mut self, codec: &SideCodec, half: &Half, book: &Book, weights: &[f32], stride: usize) {
         // SAFETY: codes are read in place only where the features were found.
-        unsafe { self.values_avx2(codec, half, levels, weights, stride) };
+        unsafe { self.values_avx2(codec, half, book, weights, stride) };
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn values_avx2(&mut self, codec: &SideCodec, half: &Half, levels: &[f32; 16], weights: &[f32], stride: usize) {
+    fn values_avx2(&mut self, codec: &SideCodec, half: &Half, book: &Book, weights: &[f32], stride: usize) {
         let layout = &codec.layout;
         read_fields(Simd::Avx2, codec, half.bytes, &mut self.fields);
         fetch(&half.next[half.next.len().min(layout.code_bytes)..]);
         token_fields(codec, &self.fields, half.count, &mut self.token_fields);
-        let (book, blocks) = (book(levels), self.token_fields[0].len() / PAGE_TOKENS);
+        let blocks = self.token_fields[0].len() / PAGE_TOKENS;
         let mut room = std::mem::take(&mut self.codes);
         let codes = four_bits(codec, half, &mut room);
         assert!(codes.len() * SLAB_CHANNELS == self.blocks.len() * SLAB);
         let next = half.next.as_ptr();
         for first in (0..self.columns).step_by(SHARED) {
             let share = SHARED.min(self.columns - first);
-            for (b, lanes) in self.weights.chunks_exact_mut(8 * share).enumerate().take(blocks) {
-                for i in 0..share {
-                    let p = &weights[(first + i) * stride..][..PAGE_TOKENS];
-                    let scale = &self.token_fields[0][b * PAGE_TOKENS..][..PAGE_TOKENS];
-                    let mut w = [_mm256_setzero_ps(); 8];
-                    for (n, w) in w.iter_mut().enumerate() {
-                        // SAFETY: 8 n + 8 <= 64.
-                        *w = unsafe {
-                            _mm256_mul_ps(_mm256_loadu_ps(p.as_ptr().add(8 * n)), _mm256_loadu_ps(scale.as_ptr().add(8 * n)))
-                        };
-                    }
-                    for row in 0..2 {
-                        for odd in 0..2 {
-                            // Rows n % 8 of one vector are two apart: its words are neighbouring pairs of tokens.
-                            let (x, y) = (w[4 * row + odd], w[4 * row + 2 + odd]);
-                            let at = (row * 4 + odd) * share + i;
-                            // SAFETY: a lane is eight aligned elements.
-                            unsafe {
-                                _mm256_store_ps(lanes[at].0.as_mut_ptr(), _mm256_permute2f128_ps::<0x20>(x, y));
-                                _mm256_store_ps(lanes[at + 2 * share].0.as_mut_ptr(), _mm256_permute2f128_ps::<0x31>(x, y));
-                            }
+            let pairs = self.block_pairs.iter().zip(self.weights.chunks_exact_mut(16 * share));
+            for (pair, lanes) in pairs {
+                let scale = pair.map(|b| &self.token_fields[0][b * PAGE_TOKENS..][..PAGE_TOKENS]);
+                for at in 0..16 {
+                    // SAFETY: 4 at + 4 <= 64; a lane is eight aligned elements.
+                    unsafe {
+                        let x = scale.map(|s| _mm_loadu_ps(s.as_ptr().add(4 * at)));
+                        let x = _mm256_set_m128(_mm_unpackhi_ps(x[0], x[1]), _mm_unpacklo_ps(x[0], x[1]));
+                        for i in 0..share {
+                            let p = &weights[(first + i) * stride..][..PAGE_TOKENS];
+                            let p = _mm_loadu_ps(p.as_ptr().add(4 * at));
+                            let p = _mm256_set_m128(_mm_unpackhi_ps(p, p), _mm_unpacklo_ps(p, p));
+                            _mm256_store_ps(lanes[at * share + i].0.as_mut_ptr(), _mm256_mul_ps(p, x));
                         }
-                    }
-                    if layout.fields == 2 {
-                        let zero = &self.token_fields[1][b * PAGE_TOKENS..][..PAGE_TOKENS];
-                        let sum: f32 = p.iter().zip(zero).map(|(p, z)| p * z).sum();
-                        self.zeros[(first + i) * blocks + b] += sum;
                     }
                 }
             }
-            let acc = &mut self.acc[first * layout.stored..][..share * layout.stored];
+            if layout.fields == 2 {
+                for i in first..first + share {
+                    let p = &weights[i * stride..][..PAGE_TOKENS];
+                    for (b, zero) in self.token_fields[1].chunks_exact(PAGE_TOKENS).enumerate() {
+                        self.zeros[i * blocks + b] += p.iter().zip(zero).map(|(p, z)| p * z).sum::<f32>();
+                    }
+                }
+            }
+            let acc = &mut self.acc[first * layout.stored / 2..][..share * layout.stored / 2];
             let w = self.weights.as_ptr();
             // SAFETY: all slabs and accumulators, and eight weights for each block and column.
-            unsafe { by_columns!(share, value_page(codes.as_ptr(), next, &self.blocks, w, book, acc.as_mut_ptr())) };
+            unsafe { by_columns!(share, value_page(codes.as_ptr(), next, &self.pairs, w, book, acc.as_mut_ptr())) };
         }
         self.codes = room;
     }
@@ -487,22 +518,17 @@ impl Lanes {
         let blocks = self.zeros.len() / self.columns;
         for first in (0..self.columns).step_by(SHARED) {
             let share = SHARED.min(self.columns - first);
-            for (at, lane) in self.acc[first * stored..][..share * stored].iter().enumerate() {
-                let (c, column) = (at / share, first + at % share);
+            for (at, lane) in self.acc[first * stored / 2..][..share * stored / 2].iter().enumerate() {
+                let (line, column) = (at / share, first + at % share);
                 let l = &lane.0;
-                let sum = ((l[0] + l[4]) + (l[2] + l[6])) + ((l[1] + l[5]) + (l[3] + l[7]));
-                out[column * stored + c] += sum + self.zeros[column * blocks + self.blocks[c]];
+                for eight in 0..2 {
+                    let c = line / 8 * 16 + line % 8 + 8 * eight;
+                    let sum = (l[eight] + l[4 + eight]) + (l[2 + eight] + l[6 + eight]);
+                    out[column * stored + c] += sum + self.zeros[column * blocks + self.blocks[c]];
+                }
             }
         }
     }
-}
-
-/// Loads a codebook.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn book(levels: &[f32; 16]) -> Book {
-    // SAFETY: 16 levels.
-    unsafe { Book(_mm256_loadu_ps(levels.as_ptr()), _mm256_loadu_ps(levels.as_ptr().add(8))) }
 }
 
 /// Asks for the lines of `bytes`.
