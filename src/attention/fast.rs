@@ -4,11 +4,11 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-#[cfg(target_arch = "x86_64")]
-use super::lanes::{Book, Half};
 use super::math::{Product, Simd, exp, exp_sum, max, soft_cap};
 use super::tile::{self, Scratch, Tables};
 use super::{Plan, Source, Tile};
+#[cfg(target_arch = "x86_64")]
+use super::{codes::Book, lanes::Half};
 use crate::page::{PAGE_TOKENS, Side};
 use crate::tensor::Dtype;
 

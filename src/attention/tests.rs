@@ -250,35 +250,3 @@ fn refusals_name_the_argument() {
     assert!(message(Queries { soft_cap: Some(0.0), ..good() }, 64).contains("soft_cap"));
     assert!(message(Queries { starts: Some(&[0, 0]), ..good() }, 64).contains("starts: expected shape [1], got [2]"));
 }
-
-/// `cargo test --release -- --ignored --nocapture decode_time`, on an idle machine.
-#[test]
-#[ignore = "a measurement"]
-fn decode_time() {
-    let tokens = 16384;
-    for (name, group) in [("nqkv4", 4), ("nqkv4", 1), ("nqkv4", 7), ("nqkv", 4), ("kivi4", 4), ("kivi2", 4)] {
-        let codec = Arc::new(PageCodec::new(&Scheme::preset(name).unwrap(), 8, 128, 128).unwrap());
-        let mut pool = vec![0u8; 260 * codec.row_bytes()];
-        let mut cache = LayerCache::new(codec, Dtype::Bf16, 1);
-        // SAFETY: the pool outlives the cache.
-        unsafe { cache.add_rows(pool.as_mut_ptr(), 260) };
-        let x = noise(8 * 1024 * 128, 1);
-        for _ in 0..16 {
-            cache.append(&View::of(&x, [1, 8, 1024, 128]), &View::of(&x, [1, 8, 1024, 128])).unwrap();
-        }
-        assert_eq!(cache.tokens(0), tokens);
-        let heads = 8 * group;
-        let q = noise(heads * 128, 2);
-        let queries = queries(&q, [1, heads, 1, 128]);
-        let mut out = vec![0f32; heads * 128];
-        let mut times: Vec<f64> = (0..60)
-            .map(|_| {
-                let start = std::time::Instant::now();
-                attend(&cache, &queries, &mut out, None).unwrap();
-                start.elapsed().as_secs_f64() * 1e3
-            })
-            .collect();
-        times.sort_by(f64::total_cmp);
-        eprintln!("{name} {heads}/8/128, {tokens} tokens: best {:.2} ms, median {:.2} ms", times[0], times[30]);
-    }
-}
