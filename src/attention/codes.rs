@@ -91,6 +91,7 @@ pub(super) unsafe fn key_page<const C: usize>(
 ///
 /// # Safety
 /// As for [`key_page`].
+#[allow(clippy::needless_range_loop)] // The column also says where q lies.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn key_row<const C: usize, const UPPER: bool>(
@@ -142,6 +143,7 @@ unsafe fn key_row<const C: usize, const UPPER: bool>(
 ///
 /// # Safety
 /// `codes` must have a slab and `acc` eight C lanes for each eight `pairs`; `w` 16 lanes per pair and column.
+#[allow(clippy::needless_range_loop)] // The column also says where w lies.
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) unsafe fn value_page<const C: usize>(
     codes: *const u8,

@@ -142,7 +142,7 @@ impl Product<'_> {
         if self.rows == 0 || self.width == 0 || self.depth == 0 {
             return;
         }
-        assert!(self.width % 16 == 0 && self.width <= self.c_stride.max(self.width));
+        assert!(self.width / 16 * 16 == self.width && self.width <= self.c_stride.max(self.width));
         assert!((self.rows - 1) * self.a_stride + self.depth <= self.a.len());
         assert!((self.depth - 1) * self.b_stride + self.width <= self.b.len());
         assert!((self.rows - 1) * self.c_stride + self.width <= c.len());
