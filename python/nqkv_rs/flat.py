@@ -106,9 +106,9 @@ def quantize(
 ) -> Quantized:
     """Quantize a tensor; blocks run along its last axis, a shorter one at the end of a row.
 
-    With ``codebook="nf4-bitsandbytes", flat=True, order="high"`` codes and scales are bit-equal to
-    bitsandbytes 0.50 (``quantize_4bit(quant_type="nf4")``), except that the scale of an all-zero
-    last partial block is 0 here and 1e-38 there.
+    With ``flat=True, order="high"`` (NF4, absmax, fp32 scales) codes and scales are bit-equal to
+    bitsandbytes 0.50 (``quantize_4bit(quant_type="nf4")``), except where a last, partial block has
+    no magnitude above 1e-38: its scale is stored as it is here, and as 1e-38 there.
 
     Args:
         x: float64, float32, float16 or bfloat16, any shape and strides, in host memory; a NumPy

@@ -16,7 +16,6 @@ use crate::tensor::Dtype;
 fn spec(codebook: &str, block: usize, scale: &str, scale_dtype: &str, order: &str) -> Result<FlatSpec> {
     let word = |what: &str, text: &str| Error::value(what, "one of the scheme language's words", format!("{text:?}"));
     let book = match codebook {
-        "nf4-bitsandbytes" => Codebook::nf4_bitsandbytes(),
         levels if levels.starts_with('[') => {
             let levels = serde_json::from_str(levels).map_err(|e| Error::value("codebook", "a list of numbers", e))?;
             BookSpec::Levels(levels).build()?
