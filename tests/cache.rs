@@ -10,6 +10,11 @@ use nqkv_rs::seal::PageCodec;
 use nqkv_rs::tensor::{Dtype, View};
 use proptest::prelude::*;
 
+/// A page table and the bytes of its pages.
+type Pages = (Vec<(u32, u32)>, Vec<Vec<u8>>);
+/// Free rows, pages and tokens of every sequence.
+type State = (usize, Vec<Pages>, Vec<Vec<(Vec<f32>, Vec<f32>)>>);
+
 const HEADS: usize = 2;
 const KEY_DIM: usize = 20;
 const VALUE_DIM: usize = 16;
@@ -97,7 +102,7 @@ impl Owned {
     }
 
     /// Everything that can be seen from outside.
-    fn state(&self) -> (usize, Vec<(Vec<(u32, u32)>, Vec<Vec<u8>>)>, Vec<Vec<(Vec<f32>, Vec<f32>)>>) {
+    fn state(&self) -> State {
         let sequences = 0..self.cache.batch();
         let pages = sequences.clone().map(|b| {
             let table = self.cache.table(b).iter().map(|e| (e.row, e.count)).collect();
@@ -218,7 +223,7 @@ proptest! {
         let (mut bulk, mut cut, mut single) = (Owned::new(&scheme, 1), Owned::new(&scheme, 1), Owned::new(&scheme, 1));
         let total: usize = cuts.iter().sum();
         let ids: Vec<u64> = (0..total as u64).collect();
-        bulk.append(&[ids.clone()]);
+        bulk.append(std::slice::from_ref(&ids));
         let mut at = 0;
         for n in cuts {
             cut.append(&[ids[at..at + n].to_vec()]);
