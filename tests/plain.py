@@ -248,14 +248,15 @@ def field_bytes(x: float, dtype: str) -> bytes:
     return bytes([byte | (0x80 if np.signbit(x) else 0)])
 
 
-def field_value(raw: bytes, dtype: str) -> np.float32:
-    """The field that these bytes store."""
+def field_values(raw: Array, dtype: str) -> Array:
+    """fp32 fields that the last axis of these bytes stores."""
+    raw = np.ascontiguousarray(raw)
     if dtype == "bf16":
-        raw = b"\0\0" + raw
+        raw = np.concatenate([np.zeros_like(raw), raw], axis=-1)
     if dtype != "e4m3":
-        return np.float32(np.frombuffer(raw, "<f2" if dtype == "fp16" else "<f4")[0])
-    sign = -1.0 if raw[0] & 0x80 else 1.0
-    return np.float32(sign * _e4m3_values()[raw[0] & 0x7F])
+        return raw.view("<f2" if dtype == "fp16" else "<f4")[..., 0].astype(np.float32)
+    values = _e4m3_values()
+    return np.concatenate([values, [np.nan], -values, [np.nan]])[raw[..., 0]].astype(np.float32)
 
 
 class Side:
@@ -309,6 +310,12 @@ class Side:
                 self.F * self.nb * (8 * (n % 8) + 2 * (n // 16) + (n // 8) % 2) + self.nb * f + b
             )
         return self.code_bytes + self.z * place
+
+    @lru_cache  # noqa: B019
+    def fields_at(self, h: int, f: int) -> Array:
+        """[64, stored]: byte of field ``f`` for every token and stored place of head ``h``."""
+        places = [(c, self.block_of(h, c)) for c in range(self.stored)]
+        return np.array([[self.field_at(n, c, b, f) for c, b in places] for n in range(PAGE)])
 
     def stored_channels(self, x: Array, h: int) -> Array:
         """[tokens, stored] of head ``h`` in stored order, NaN where there is only padding."""
@@ -390,10 +397,8 @@ class Side:
                 level[part] = book[np.minimum(codes[part], len(book) - 1)]
         fields = np.zeros((2, count, self.stored), np.float32)
         for f in range(self.F):
-            for n in range(count):
-                for c in range(self.stored):
-                    at = self.field_at(n, c, self.block_of(h, c), f)
-                    fields[f, n, c] = field_value(half[at : at + self.z].tobytes(), self.dtype)
+            at = self.fields_at(h, f)[:count, :, None] + np.arange(self.z)
+            fields[f] = field_values(half[at], self.dtype)
         out = np.zeros((count, self.stored), np.float32)
         out[:, self.order[h]] = fma(level[:count], fields[0], fields[1])
         return out[:, : self.dim]
@@ -495,6 +500,9 @@ class Cache:
         s = self.sequences[b]
         return len(s.sinks) + sum(p[1] for p in s.pages) + len(s.tail)
 
+    def packed(self, b: int = 0) -> int:
+        return sum(p[1] for p in self.sequences[b].pages)
+
     def remove_newest(self, n: int) -> None:
         for s in self.sequences:
             for _ in range(n):
@@ -555,7 +563,7 @@ def attention(
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     group = len(q) // len(k)
     k, v = (np.repeat(x, group, axis=0) for x in (k, v))
-    scores = scale * np.einsum("hqd,htd->qht", q, k)
+    scores = scale * (q @ k.transpose(0, 2, 1)).transpose(1, 0, 2)
     if soft_cap is not None:
         scores = soft_cap * np.tanh(scores / soft_cap)
     tokens, queries = k.shape[1], q.shape[1]
@@ -570,7 +578,8 @@ def attention(
     with np.errstate(divide="ignore"):
         lse = top + np.log(total)
     safe = np.where(total == 0, 1.0, total)
-    return np.einsum("qht,htd->qhd", weights / safe[..., None], v), lse
+    out = (weights / safe[..., None]).transpose(1, 0, 2) @ v
+    return out.transpose(1, 0, 2), lse
 
 
 # --- inputs that every language can make ----------------------------------------------------------

@@ -310,7 +310,7 @@ class Elsewhere:
 
 def test_other_devices_are_refused_by_name() -> None:
     real = Real(preset("nqkv4"), 2, 32, 32)
-    with pytest.raises(TypeError, match="host memory.*device type 2"):
+    with pytest.raises(TypeError, match=r"host memory.*device type 2"):
         real.core.append(Elsewhere(), inputs(101, 2, 32, 1))
 
 
