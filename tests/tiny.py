@@ -61,7 +61,7 @@ def model(name: str, attention: str = "sdpa", dtype: torch.dtype = torch.float64
 
 
 class TwinLayer(DynamicLayer):
-    """Stores through a LayerCache, but attends dense: dequantized values at the same seal points."""
+    """Stores through a LayerCache, attends dense: dequantized values at the same seal points."""
 
     def __init__(self, scheme: Scheme, prefill: str) -> None:
         super().__init__()

@@ -1,6 +1,7 @@
 """Quantized KV caches for transformer inference.
 
-Importing this package imports neither torch nor transformers; what needs them loads them on first use.
+Importing this package imports neither torch nor transformers; what needs them loads them on
+first use.
 """
 
 from __future__ import annotations

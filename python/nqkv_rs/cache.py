@@ -75,7 +75,9 @@ class LayerCache:
         self.pool: list[Any] = []
 
     def append(self, k: Any, v: Any) -> None:
-        """Append the same number of tokens to every sequence; one by one or in bulk, the bytes are the same.
+        """Append the same number of tokens to every sequence.
+
+        One by one or in bulk, the bytes are the same.
 
         Args:
             k: keys, ``[batch, kv_heads, tokens, key_dim]``; must be finite.
@@ -107,10 +109,10 @@ class LayerCache:
         soft_cap: float | None = None,
         lse: Any | None = None,
     ) -> Any:
-        """Attention of queries on the cache, read from codes. Call after the queries' own tokens were appended.
+        """Attention of queries on the cache, read from codes.
 
-        Query ``i`` of ``n`` stands at position ``tokens - n + i`` and attends every earlier position
-        and its own.
+        Call it after the queries' own tokens were appended. Query ``i`` of ``n`` stands at
+        position ``tokens - n + i`` and attends every earlier position and its own.
 
         Args:
             q: ``[batch, q_heads, n, key_dim]``; ``q_heads`` is a multiple of ``kv_heads``. In
@@ -176,7 +178,10 @@ class LayerCache:
         return self.core.tokens(sequence)
 
     def memory(self) -> dict[str, int]:
-        """Bytes allocated: ``codes``, ``scales`` (fields, padding, tables), ``tail``, ``sinks``, ``total``."""
+        """Bytes allocated for ``codes``, ``scales`` (fields, padding, tables), ``tail``, ``sinks``.
+
+        ``total`` is their sum.
+        """
         return self.core.memory()
 
     def reset(self) -> None:

@@ -136,7 +136,9 @@ class Scheme:
         sink_tokens: int | None = None,
         skip_layers: Sequence[int] | None = None,
     ) -> Scheme:
-        """A scheme from a preset's name, a scheme, or a mapping, with the words that users of transformers know.
+        """A scheme from a preset's name, a scheme, or a mapping.
+
+        Takes the words that users of transformers know besides.
 
         Args:
             scheme: a preset's name, a :class:`Scheme`, or a mapping of the JSON form.
@@ -176,8 +178,7 @@ def _with_bits(side: Side, nbits: int) -> Side:
     if side.codebook == "e2m1":
         raise ValueError("nbits: expected a codebook family of several widths, got 'e2m1'")
     # The width follows the family's letters: nf4, lloyd3, l2signed4-64.
-    prefix = "l2signed" if side.codebook.startswith("l2signed") else (
-        "l2absmax" if side.codebook.startswith("l2absmax") else side.codebook.rstrip("0123456789")
-    )
+    families = [f for f in ("l2signed", "l2absmax") if side.codebook.startswith(f)]
+    prefix = families[0] if families else side.codebook.rstrip("0123456789")
     rest = side.codebook[len(prefix) :].lstrip("0123456789")
     return replace(side, codebook=f"{prefix}{nbits}{rest}", widths=None)

@@ -41,7 +41,7 @@ class Shared:
         self._starts: list[int] | None = None
 
     def left_padding(self, mask: torch.Tensor, queries: int, tokens: int) -> list[int] | None:
-        """First attended position of each sequence, if the mask is causal with left padding; else None.
+        """First attended position of each sequence; None unless the mask is causal, left-padded.
 
         All layers of a step pass the same mask, so it is judged once.
 
@@ -72,9 +72,9 @@ class Shared:
             reason: which operation wanted dense numbers.
         """
         text = (
-            f"{reason} wants dense keys or values, so this layer's whole cache is dequantized for the call. "
-            "Expected attention through sdpa, or set_attn_implementation('nqkv'), with a causal or "
-            "left-padded mask"
+            f"{reason} wants dense keys or values, so this layer's whole cache is dequantized for "
+            "the call. Expected attention through sdpa, or set_attn_implementation('nqkv'), "
+            "with a causal or left-padded mask"
         )
         if self.strict:
             raise RuntimeError(f"strict=True: {text}")
@@ -100,7 +100,7 @@ class NqkvLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     is_compileable = False
 
     def __init__(self, scheme: Scheme, shared: Shared) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.scheme = scheme
         self.shared = shared
         self.cache: LayerCache | None = None
@@ -117,7 +117,7 @@ class NqkvLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return None if self.cache is None else self._read()[0]
 
     @keys.setter
-    def keys(self, value: None) -> None:
+    def keys(self, value: torch.Tensor | None) -> None:
         if value is not None:
             raise AttributeError("keys: a packed layer is written by update() only")
 
@@ -127,7 +127,7 @@ class NqkvLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return None if self.cache is None else self._read()[1]
 
     @values.setter
-    def values(self, value: None) -> None:
+    def values(self, value: torch.Tensor | None) -> None:
         if value is not None:
             raise AttributeError("values: a packed layer is written by update() only")
 

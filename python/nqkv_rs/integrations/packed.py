@@ -17,7 +17,7 @@ __all__ = ["PackedKV"]
 _METADATA = {
     torch.Tensor.shape.__get__,  # type: ignore[attr-defined]
     torch.Tensor.dtype.__get__,  # type: ignore[attr-defined]
-    torch.Tensor.device.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.device.__get__,
     torch.Tensor.layout.__get__,  # type: ignore[attr-defined]
     torch.Tensor.ndim.__get__,  # type: ignore[attr-defined]
     torch.Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
@@ -39,7 +39,7 @@ _ALL = slice(None)
 
 
 class PackedKV(torch.Tensor):
-    """All keys (or values) of a layer, ``[batch, heads, tokens, dim]``, as far as anyone asks for the shape.
+    """All keys (or values) of a layer: ``[batch, heads, tokens, dim]`` to all who ask its shape.
 
     ``F.scaled_dot_product_attention`` on a pair of these reads pages; so does the ``nqkv``
     attention function. ``repeat_kv`` (index with None, expand, reshape) only marks how often heads
@@ -76,7 +76,7 @@ class PackedKV(torch.Tensor):
             repeats: how often ``repeat_kv`` repeats each head.
             unfolded: whether the repeats stand in an axis of their own (inside ``repeat_kv``).
         """
-        self: PackedKV = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        self: PackedKV = torch.Tensor._make_wrapper_subclass(
             PackedKV, tuple(shape), dtype=like.dtype, device=like.device, requires_grad=False
         )
         self.layer, self.which, self.queries, self.fresh = layer, which, queries, fresh
@@ -130,21 +130,21 @@ class PackedKV(torch.Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         func: Callable[..., Any],
         types: Sequence[type],
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """What reaches the dispatcher without passing ``__torch_function__`` gets dequantized numbers."""
+        """What reaches the dispatcher past ``__torch_function__`` gets dequantized numbers."""
         if "detach" in str(func) and isinstance(args[0], PackedKV):
             self = args[0]
             with torch._C.DisableTorchFunctionSubclass():
                 return self._like(tuple(self.shape), self.repeats, self.unfolded)
         return func(*_dequantize(args, str(func)), **_dequantize(dict(kwargs or {}), str(func)))
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         with torch._C.DisableTorchFunctionSubclass():
             return f"PackedKV({self.which}, shape={tuple(self.shape)}, dtype={self.dtype})"
 
@@ -193,7 +193,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor | None:
-    """``F.scaled_dot_product_attention`` on packed keys and values; None if the pattern is not a decoder's."""
+    """``F.scaled_dot_product_attention`` on pages; None if the pattern is not a decoder's."""
     packed = isinstance(key, PackedKV) and isinstance(value, PackedKV)
     if not packed or isinstance(query, PackedKV) or dropout_p != 0.0:
         return None
@@ -216,7 +216,7 @@ def _attention(
         starts = known
     elif new > 1 and not (is_causal and layer.get_seq_length() == new):
         return None
-    out = layer.attend(flat, scale, key.fresh, value.fresh, starts=starts)
+    out: torch.Tensor = layer.attend(flat, scale, key.fresh, value.fresh, starts=starts)
     if flat is not query:
         return out.reshape(b, heads, rows, -1)
     return out.transpose(1, 2)

@@ -1,4 +1,4 @@
-"""`NqkvCache`: a packed cache for transformers' ``generate``, and the ``nqkv`` attention function."""
+"""`NqkvCache`, a packed cache for transformers' ``generate``, and the ``nqkv`` attention."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import (
     Cache,
-    CacheLayerMixin,
     DynamicCache,
     DynamicLayer,
 )
@@ -75,10 +74,10 @@ class NqkvCache(Cache):
         text = config.get_text_config(decoder=True)
         self._shared = Shared(prefill, strict)
         # The library's own classes, by its own rules; full attention is then replaced.
-        layers: list[CacheLayerMixin] = list(DynamicCache(config=text).layers)
+        layers = list(DynamicCache(config=text).layers)
         count = text.num_hidden_layers
         if len(layers) != count:
-            layers = [DynamicLayer() for _ in range(count)]
+            layers = [DynamicLayer() for _ in range(count)]  # type: ignore[no-untyped-call]
         skipped = set()
         for i in self.scheme.skip_layers:
             if not -count <= i < count:
