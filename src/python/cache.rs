@@ -184,7 +184,7 @@ impl LayerCache {
             } else {
                 let mut result = vec![0f32; target.1];
                 let count = attention::attend(&cache, &queries, &mut result, lse_values.as_deref_mut())?;
-                bytes.chunks_exact_mut(dtype.bytes()).zip(&result).for_each(|(b, &x)| dtype.write(b, f64::from(x)));
+                dtype.write_f32(bytes, &result);
                 count
             };
             if let (Some((at, n)), Some(values)) = (lse, lse_values) {
@@ -223,7 +223,7 @@ impl LayerCache {
             for ((at, n, dtype), values) in targets.into_iter().zip([k, v]) {
                 // SAFETY: `check_output` made sure of a writable, contiguous tensor; capsules keep it alive.
                 let bytes = unsafe { output_bytes(at, n * dtype.bytes()) };
-                bytes.chunks_exact_mut(dtype.bytes()).zip(values).for_each(|(b, x)| dtype.write(b, f64::from(x)));
+                dtype.write_f32(bytes, &values);
             }
             Ok(())
         })?;

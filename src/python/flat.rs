@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 
 use pyo3::prelude::*;
+use rayon::prelude::*;
 
 use super::borrow::{Borrowed, output_bytes};
 use crate::codebook::Codebook;
@@ -11,6 +12,9 @@ use crate::error::{Error, Result};
 use crate::flat::{self, FlatSpec, NibbleOrder};
 use crate::scheme::BookSpec;
 use crate::tensor::Dtype;
+
+/// Elements that one thread converts at a time.
+const PIECE: usize = 1 << 16;
 
 /// The codec of a call: `codebook` is a name, or JSON levels; the rest are the words of a scheme.
 fn spec(codebook: &str, block: usize, scale: &str, scale_dtype: &str, order: &str) -> Result<FlatSpec> {
@@ -51,6 +55,14 @@ fn gather<'a>(t: &'a TensorRef, what: &str) -> Result<Cow<'a, [f32]>> {
     if dtype == Dtype::F32 && aligned && t.check_contiguous(what).is_ok() {
         // SAFETY: contiguous, aligned, not empty, and alive while the borrow is.
         return Ok(Cow::Borrowed(unsafe { std::slice::from_raw_parts(t.data.cast(), t.len()) }));
+    }
+    if t.check_contiguous(what).is_ok() {
+        // SAFETY: contiguous, not empty, and alive while the borrow is.
+        let bytes = unsafe { std::slice::from_raw_parts(t.data, t.len() * dtype.bytes()) };
+        let mut out = vec![0f32; t.len()];
+        let pieces = out.par_chunks_mut(PIECE).zip(bytes.par_chunks(PIECE * dtype.bytes()));
+        pieces.for_each(|(out, bytes)| dtype.read_f32(bytes, out));
+        return Ok(Cow::Owned(out));
     }
     let size = dtype.bytes() as isize;
     let (dims, strides): (&[usize], &[isize]) = if t.shape.is_empty() { (&[1], &[1]) } else { (&t.shape, &t.strides) };
@@ -161,7 +173,8 @@ pub(super) fn dequantize(
         }
         let mut wide = vec![0f32; n];
         flat::dequantize(codes, fields, n, row, &spec, &mut wide)?;
-        bytes.chunks_exact_mut(dtype.bytes()).zip(wide).for_each(|(b, x)| dtype.write(b, f64::from(x)));
+        let pieces = bytes.par_chunks_mut(PIECE * dtype.bytes()).zip(wide.par_chunks(PIECE));
+        pieces.for_each(|(bytes, x)| dtype.write_f32(bytes, x));
         Ok(())
     })?;
     Ok(())

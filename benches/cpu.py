@@ -1,0 +1,140 @@
+"""Peers side by side on this CPU, in one run: quantize, dequantize, decode attention, append.
+
+Each row is the median of interleaved repetitions, ours and the peer's in turns, so that noise of the
+machine meets both. ``--json`` prints one object per row with the keys
+``work, scheme, us, peer, peer_us, ratio``; ratio is the peer's time over ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+import nqkv_rs
+
+
+def medians(calls: list[Callable[[], Any]], repeat: int) -> list[float]:
+    """Median microseconds of each call; the calls take turns."""
+    times: list[list[float]] = [[] for _ in calls]
+    for i in range(repeat + 2):
+        for call, seen in zip(calls, times, strict=True):
+            start = time.perf_counter()
+            call()
+            if i >= 2:  # the first two warm up
+                seen.append(1e6 * (time.perf_counter() - start))
+    return [statistics.median(seen) for seen in times]
+
+
+def row(work: str, scheme: str, us: float, peer: str, peer_us: float) -> dict[str, Any]:
+    """One line of the table."""
+    return {
+        "work": work,
+        "scheme": scheme,
+        "us": round(us, 1),
+        "peer": peer,
+        "peer_us": round(peer_us, 1),
+        "ratio": round(peer_us / us, 2),
+    }
+
+
+def codecs(repeat: int) -> Iterator[dict[str, Any]]:
+    """NF4 in blocks of 64 from and to bf16, 16 Mi elements, against bitsandbytes and a copy."""
+    from bitsandbytes import functional as bnb
+
+    x = torch.randn(1 << 24).bfloat16()
+    packed, state = bnb.quantize_4bit(x, blocksize=64, quant_type="nf4")
+    q = nqkv_rs.quantize(x, flat=True, order="high")
+    out = torch.empty_like(x)
+    # A copy that writes as many bytes as dequantizing does, and reads as many.
+    source = torch.empty_like(x)
+    calls = [
+        lambda: nqkv_rs.quantize(x, flat=True, order="high"),
+        lambda: bnb.quantize_4bit(x, blocksize=64, quant_type="nf4"),
+        lambda: nqkv_rs.dequantize(q, out=out),
+        lambda: bnb.dequantize_4bit(packed, state),
+        lambda: out.copy_(source),
+    ]
+    ours, theirs, back, their_back, copy = medians(calls, repeat)
+    yield row("quantize", "nf4 block 64, bf16", ours, "bitsandbytes", theirs)
+    yield row("dequantize", "nf4 block 64, bf16", back, "bitsandbytes", their_back)
+    yield row("dequantize", "nf4 block 64, bf16", back, "copy of the same output", copy)
+
+
+def attention(scheme: str, tokens: int, repeat: int) -> Iterator[dict[str, Any]]:
+    """Decode attention, batch 1, 32 query heads, 8 KV heads, head size 128."""
+    q_heads, heads, dim = 32, 8, 128
+    k, v = torch.randn(2, 1, heads, tokens, dim)
+    q = torch.randn(1, q_heads, 1, dim)
+    cache = nqkv_rs.LayerCache(scheme, kv_heads=heads, key_dim=dim, exact_dtype="bfloat16")
+    cache.append(k, v)
+    out = torch.empty(1, 1, q_heads, dim)
+    grouped = q.view(heads, q_heads // heads, dim)
+
+    def dense() -> torch.Tensor:
+        scores = torch.matmul(grouped, k[0].transpose(1, 2)) * dim**-0.5
+        return torch.matmul(scores.softmax(-1), v[0])
+
+    def sdpa(dtype: torch.dtype) -> Callable[[], Any]:
+        a, b, c = q.to(dtype), k.to(dtype), v.to(dtype)
+        return lambda: functional.scaled_dot_product_attention(a, b, c, enable_gqa=True)
+
+    calls = [
+        lambda: cache.attend(q, out=out),
+        dense,
+        sdpa(torch.float32),
+        sdpa(torch.bfloat16),
+    ]
+    ours, *peers = medians(calls, repeat)
+    names = ["torch fp32 grouped matmuls", "torch SDPA fp32", "torch SDPA bf16"]
+    for name, us in zip(names, peers, strict=True):
+        yield row("attention", f"{scheme} 32/8/128 {tokens}", ours, name, us)
+
+
+def append(scheme: str, repeat: int) -> Iterator[dict[str, Any]]:
+    """One token into a cache of 1k and of 16k tokens: the peer is the short one."""
+    caches = []
+    for tokens in (1024, 16384):
+        cache = nqkv_rs.LayerCache(scheme, kv_heads=8, key_dim=128)
+        x = torch.randn(1, 8, tokens, 128)
+        cache.append(x, x)
+        caches.append(cache)
+    one = torch.randn(1, 8, 1, 128)
+    short, long = medians([lambda c=c: c.append(one, one) for c in caches], 64 * repeat)
+    yield row("append", f"{scheme} at 16384 tokens", long, f"{scheme} at 1024 tokens", short)
+
+
+def main() -> None:
+    """Run what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true", help="one JSON object per row")
+    parser.add_argument("--scheme", action="append", help="for attention; default nqkv4 and nqkv")
+    parser.add_argument("--tokens", type=int, default=16384, help="context of attention")
+    parser.add_argument("--repeat", type=int, default=11)
+    options = parser.parse_args()
+    schemes = options.scheme or ["nqkv4", "nqkv"]
+    torch.set_grad_enabled(False)
+    rows = [*codecs(options.repeat)]
+    for scheme in schemes:
+        rows += [
+            *attention(scheme, options.tokens, options.repeat),
+            *append(scheme, options.repeat),
+        ]
+    for r in rows:
+        if options.json:
+            print(json.dumps(r))
+        else:
+            times = f"{r['us']:>11.1f} us {r['peer_us']:>11.1f} us {r['ratio']:>7.2f}x"
+            print(f"{r['work']:<11}{r['scheme']:<24}{times}  {r['peer']}")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
