@@ -1,7 +1,7 @@
 """Peers side by side on this CPU, in one run: quantize, dequantize, decode attention, append.
 
-Each row is the median of interleaved repetitions, ours and the peer's in turns, so that noise of the
-machine meets both. ``--json`` prints one object per row with the keys
+Each row is the median of interleaved repetitions, ours and the peer's in turns, so that noise of
+the machine meets both. ``--json`` prints one object per row with the keys
 ``work, scheme, us, peer, peer_us, ratio``; ratio is the peer's time over ours.
 """
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from nqkv_rs import _core
+from nqkv_rs._arguments import whole
 from nqkv_rs.scheme import Scheme
 
 __all__ = ["LayerCache"]
@@ -65,9 +66,13 @@ class LayerCache:
         exact_dtype: str = "float32",
         allocate: Allocate | None = None,
     ) -> None:
+        if allocate is not None and not callable(allocate):
+            raise TypeError(f"allocate: expected a function, got {allocate!r}")
         self.scheme = Scheme.of(scheme)
-        self.key_dim = key_dim
-        self.value_dim = key_dim if value_dim is None else value_dim
+        kv_heads = whole("kv_heads", kv_heads, 1, 4096)
+        batch = whole("batch", batch, 0, 65536)
+        self.key_dim = whole("key_dim", key_dim, 1, 256)
+        self.value_dim = key_dim if value_dim is None else whole("value_dim", value_dim, 1, 256)
         self._allocate = allocate or _numpy_rows
         self.core = _core.LayerCache(
             self.scheme.to_json(), kv_heads, key_dim, self.value_dim, exact_dtype, batch
@@ -87,7 +92,7 @@ class LayerCache:
             ValueError: a wrong shape, or a NaN or infinity (named by its index).
             TypeError: a wrong dtype or device. After any error the cache is as it was.
         """
-        shape = tuple(k.shape)
+        shape = tuple(getattr(k, "shape", ()))
         if len(shape) == 4:
             missing = self.core.rows_needed(shape[2]) - self.core.free_rows
             if missing > 0:
@@ -134,7 +139,13 @@ class LayerCache:
             TypeError: a wrong dtype or device.
         """
         if out is None:
-            b, heads, n, _ = q.shape
+            shape = tuple(getattr(q, "shape", ()))
+            if len(shape) != 4:
+                got = f"{type(q).__name__} of shape {shape}"
+                raise (ValueError if shape else TypeError)(
+                    f"q: expected an array [batch, q_heads, queries, key_dim], got {got}"
+                )
+            b, heads, n, _ = shape
             dtype = "float64" if str(q.dtype).endswith("float64") else "float32"
             out = np.empty((b, n, heads, self.value_dim), dtype=dtype)
         self.attend_into(
@@ -160,12 +171,20 @@ class LayerCache:
             Attended positions, and those of them that were read from pages, each summed over
             sequences and queries.
         """
+        if fresh is not None and (not isinstance(fresh, (tuple, list)) or len(fresh) != 2):
+            raise TypeError(f"fresh: expected a pair (keys, values), got {type(fresh).__name__}")
         fresh_k, fresh_v = fresh if fresh is not None else (None, None)
+        if starts is not None:
+            if not hasattr(starts, "__iter__"):
+                raise TypeError(f"starts: expected a position per sequence, got {starts!r}")
+            starts = [whole("starts", start, 0) for start in starts]
+        if window is not None:
+            window = whole("window", window, 1)
         return self.core.attend(
             q,
             out,
             1 / math.sqrt(self.key_dim) if scale is None else scale,
-            starts=None if starts is None else list(starts),
+            starts=starts,
             fresh_k=fresh_k,
             fresh_v=fresh_v,
             window=window,
@@ -175,7 +194,7 @@ class LayerCache:
 
     def tokens(self, sequence: int = 0) -> int:
         """Tokens of a sequence."""
-        return self.core.tokens(sequence)
+        return self.core.tokens(whole("sequence", sequence, 0))
 
     def memory(self) -> dict[str, int]:
         """Bytes allocated for ``codes``, ``scales`` (fields, padding, tables), ``tail``, ``sinks``.

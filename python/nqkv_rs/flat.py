@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +11,12 @@ from typing import Any
 import numpy as np
 
 from nqkv_rs import _core
+from nqkv_rs._arguments import whole, word
 
 __all__ = ["Quantized", "codebook", "dequantize", "quantize"]
 
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "e4m3": 1}
+_FIELDS = {"absmax": 1, "signed_absmax": 1, "minmax": 2, "mean_absmax": 2, "rms": 1}
 
 
 def codebook(name: str) -> Any:
@@ -33,6 +36,8 @@ def codebook(name: str) -> Any:
         >>> len(codebook("nf4"))
         16
     """
+    if not isinstance(name, str):
+        raise TypeError(f"codebook: expected a name, got {name!r}")
     return np.array(_core.codebook(name), dtype=np.float32)
 
 
@@ -80,6 +85,20 @@ class Quantized:
 
 def _size(x: Any) -> int:
     return int(np.prod(tuple(x.shape)))
+
+
+def _name(codebook: str | Sequence[float]) -> str:
+    """What the core calls a codebook: its name, or its levels in JSON."""
+    if isinstance(codebook, str):
+        return codebook
+    try:
+        levels = [float(v) for v in codebook]
+    except (TypeError, ValueError):
+        raise TypeError(f"codebook: expected a name or numbers, got {codebook!r}") from None
+    # JSON has no words for these, so the core could not name them.
+    if not all(math.isfinite(v) for v in levels):
+        raise ValueError(f"codebook: expected finite levels, got {levels}")
+    return json.dumps(levels)
 
 
 def _is_torch(x: Any) -> bool:
@@ -135,11 +154,12 @@ def quantize(
     """
     if not hasattr(x, "shape"):
         raise TypeError(f"x: expected an array with __dlpack__ and shape, got {type(x).__name__}")
-    name = codebook if isinstance(codebook, str) else json.dumps([float(v) for v in codebook])
+    name = _name(codebook)
+    block = whole("block", block, 16, 512)
+    count = _FIELDS[word("scale", scale, list(_FIELDS))]
+    size = _BYTES[word("scale_dtype", scale_dtype, list(_BYTES))]
     shape = tuple(int(s) for s in x.shape)
     codes_bytes, fields_bytes = _core.quantized_sizes(shape, name, block, scale, scale_dtype, flat)
-    count = 2 if scale in ("minmax", "mean_absmax") else 1
-    size = _BYTES[scale_dtype]
     codes = _empty(x, (codes_bytes,), "uint8")
     fields = _empty(x, (fields_bytes // (count * size), count, size), "uint8")
     _core.quantize(x, codes, fields, name, block, scale, scale_dtype, flat, order)
@@ -169,6 +189,11 @@ def dequantize(q: Quantized, *, out: Any | None = None) -> Any:
         ValueError: ``out`` has another shape.
         TypeError: a wrong dtype or device.
     """
+    if not isinstance(q, Quantized):
+        raise TypeError(f"q: expected what quantize() returned, got {type(q).__name__}")
+    if out is not None and tuple(getattr(out, "shape", ())) != q.shape:
+        got = list(getattr(out, "shape", ()))
+        raise ValueError(f"out: expected shape {list(q.shape)}, got {got}")
     if out is None:
         if _is_torch(q.codes):
             import torch
@@ -178,6 +203,5 @@ def dequantize(q: Quantized, *, out: Any | None = None) -> Any:
             out = np.empty(q.shape, dtype=q.dtype)
     codec = dict(q.codec)
     book = codec.pop("codebook")
-    name = book if isinstance(book, str) else json.dumps([float(v) for v in book])
-    _core.dequantize(q.codes, q.fields, out, name, **codec)
+    _core.dequantize(q.codes, q.fields, out, _name(book), **codec)
     return out

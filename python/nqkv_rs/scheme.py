@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from nqkv_rs import _core
+from nqkv_rs._arguments import whole
 
 __all__ = ["Scheme", "Side", "presets"]
 
@@ -89,7 +90,16 @@ class Scheme:
     name: str = "custom"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "skip_layers", tuple(self.skip_layers))
+        for name in ("key", "value"):
+            side = getattr(self, name)
+            if not isinstance(side, Side):
+                raise TypeError(f"{name}: expected a Side, got {type(side).__name__}")
+        if isinstance(self.skip_layers, str) or not isinstance(self.skip_layers, Sequence):
+            raise TypeError(f"skip_layers: expected layer numbers, got {self.skip_layers!r}")
+        layers = tuple(whole("skip_layers", i, -4096, 4096) for i in self.skip_layers)
+        object.__setattr__(self, "skip_layers", layers)
+        for name in ("residual_length", "sink_tokens"):
+            object.__setattr__(self, name, whole(name, getattr(self, name), 0, 4096))
         _core.check_scheme(self.to_json())
 
     @classmethod
@@ -159,6 +169,7 @@ class Scheme:
             raise TypeError(f"scheme: expected {expected}, got {type(scheme).__name__}")
         changes: dict[str, Any] = {}
         if nbits is not None:
+            nbits = whole("nbits", nbits, 1, 8)
             changes["key"] = _with_bits(scheme.key, nbits)
             changes["value"] = _with_bits(scheme.value, nbits)
         given = {

@@ -25,12 +25,21 @@ impl<'py> Borrowed<'py> {
             let expected = "an array with __dlpack__ (NumPy, PyTorch, ...)";
             return Err(PyTypeError::new_err(format!("{what}: expected {expected}, got {}", name())));
         }
-        let (kind, id): (i32, i32) = object.call_method0("__dlpack_device__")?.extract()?;
+        // PyTorch raises for devices that DLPack has no number for, such as meta.
+        let (kind, id): (i32, i32) = object
+            .call_method0("__dlpack_device__")
+            .and_then(|d| d.extract())
+            .map_err(|e| Error::memory(what, "a tensor in host memory", format!("one on another device: {}", e.value(py))))?;
         if kind != 1 {
             let got = format!("a tensor on DLPack device type {kind} (id {id})");
             return Err(Error::memory(what, "a tensor in host memory (device type 1); this version runs on CPUs", got).into());
         }
-        // NumPy's bfloat16 is ml_dtypes', which DLPack export refuses: borrow the same bytes as uint16.
+        // PyTorch exports a lazily negated tensor without its sign.
+        if object.hasattr("is_neg")? && object.call_method0("is_neg")?.extract().unwrap_or(false) {
+            let got = format!("a lazily negated one: pass {what}.resolve_neg()");
+            return Err(Error::memory(what, "a tensor whose memory holds its numbers", got).into());
+        }
+        // NumPy's bfloat16 is ml_dtypes', which DLPack export refuses: borrow the same bytes as float16.
         let brain = object.getattr("dtype").and_then(|d| d.getattr("name")).and_then(|n| n.extract::<String>());
         let brain = brain.is_ok_and(|n| n == "bfloat16");
         let source = if brain { object.call_method1("view", ("float16",))? } else { object.clone() };
@@ -42,8 +51,8 @@ impl<'py> Borrowed<'py> {
         };
         let capsule = capsule.map_err(|e| {
             let hint = match object.getattr("requires_grad").and_then(|r| r.extract::<bool>()) {
-                Ok(true) => "; expected a tensor that needs no gradient: pass x.detach()",
-                _ => "",
+                Ok(true) => format!("; expected a tensor that needs no gradient: pass {what}.detach()"),
+                _ => String::new(),
             };
             match e.is_instance_of::<PyBufferError>(py) || !hint.is_empty() {
                 true => PyTypeError::new_err(format!("{what}: DLPack export failed: {}{hint}", e.value(py))),

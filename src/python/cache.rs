@@ -210,7 +210,10 @@ impl LayerCache {
         let tokens = *k.tensor.shape.get(1).unwrap_or(&0);
         let (heads, kd, vd) = {
             let cache = self.lock();
-            sequence(&cache, sequence_index)?;
+            let held = cache.tokens(sequence(&cache, sequence_index)?);
+            if start > held {
+                return Err(Error::value("start", format!("0 to {held} (the tokens held)"), start).into());
+            }
             (cache.codec().heads, cache.codec().key.layout.dim, cache.codec().value.layout.dim)
         };
         k.tensor.check_output("k_out", &[heads, tokens, kd])?;

@@ -171,10 +171,25 @@ pub(super) fn dequantize(
             let out = unsafe { std::slice::from_raw_parts_mut(bytes.as_mut_ptr().cast::<f32>(), n) };
             return flat::dequantize(codes, fields, n, row, &spec, out);
         }
-        let mut wide = vec![0f32; n];
-        flat::dequantize(codes, fields, n, row, &spec, &mut wide)?;
-        let pieces = bytes.par_chunks_mut(PIECE * dtype.bytes()).zip(wide.par_chunks(PIECE));
-        pieces.for_each(|(bytes, x)| dtype.write_f32(bytes, x));
+        if n == 0 {
+            return Ok(());
+        }
+        // Pieces of whole blocks that start on a byte: converted while they are in a core's own cache.
+        let piece = match row {
+            _ if row == n => spec.block * (PIECE / spec.block),
+            _ if row % 8 == 0 && row <= PIECE => row * (PIECE / row),
+            _ => n.max(1),
+        };
+        let (code_bytes, field_bytes) = (spec.codes_len(piece), spec.fields_len(piece, piece.min(row)));
+        bytes.par_chunks_mut(piece * dtype.bytes()).enumerate().try_for_each_init(Vec::new, |wide, (i, bytes)| {
+            let len = bytes.len() / dtype.bytes();
+            wide.resize(len, 0f32);
+            let codes = &codes[i * code_bytes..][..spec.codes_len(len)];
+            let fields = &fields[i * field_bytes..][..spec.fields_len(len, len.min(row))];
+            flat::dequantize(codes, fields, len, len.min(row), &spec, wide)?;
+            dtype.write_f32(bytes, wide);
+            Ok(())
+        })?;
         Ok(())
     })?;
     Ok(())
