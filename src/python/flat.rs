@@ -26,6 +26,10 @@ fn spec(codebook: &str, block: usize, scale: &str, scale_dtype: &str, order: &st
         }
         name => Codebook::parse(name)?,
     };
+    if block == 0 {
+        // The sizes below divide by it; every other wrong block is refused where the numbers are.
+        return Err(Error::value("block", "a multiple of 8 from 16 to 512", block));
+    }
     let parse = |text: &str| serde_json::Value::String(text.into());
     Ok(FlatSpec {
         book,
