@@ -4,131 +4,27 @@
 //! once and never copied or re-encoded; removing tokens lowers valid counts, and sequences may share rows with counts of
 //! their own. Every call checks everything before it writes anything, so that a failed call leaves the cache as it was.
 
+mod job;
+mod parts;
+mod pool;
+
 use std::sync::Arc;
 
 use rayon::prelude::*;
 
+use self::job::SealJob;
+pub use self::parts::{Exact, Memory, PageEntry, SequenceView};
+use self::pool::{Pool, RowPtr};
 use crate::error::{Error, Result};
 use crate::page::PAGE_TOKENS;
 use crate::seal::PageCodec;
 use crate::tensor::{Dtype, View};
-
-/// One entry of a page table.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct PageEntry {
-    /// Pool row.
-    pub row: u32,
-    /// Valid tokens, 1..=64, from slot 0.
-    pub count: u32,
-}
-
-/// Tokens kept as they came: `[token][heads][dim]`, token-major, in the exact dtype.
-#[derive(Debug, Clone)]
-pub struct Exact {
-    /// Keys.
-    pub k: Vec<u8>,
-    /// Values.
-    pub v: Vec<u8>,
-    /// Valid tokens, from slot 0.
-    pub tokens: usize,
-}
-
-/// What attention reads of one sequence.
-#[derive(Debug, Clone)]
-pub struct SequenceView<'a> {
-    /// First tokens, exact.
-    pub sinks: &'a Exact,
-    /// Rows and valid counts, oldest first.
-    pub pages: Vec<(&'a [u8], usize)>,
-    /// Newest tokens, exact.
-    pub tail: &'a Exact,
-}
-
-impl SequenceView<'_> {
-    /// Tokens in pages.
-    pub fn packed(&self) -> usize {
-        self.pages.iter().map(|p| p.1).sum()
-    }
-
-    /// All tokens.
-    pub fn tokens(&self) -> usize {
-        self.sinks.tokens + self.packed() + self.tail.tokens
-    }
-}
-
-impl Exact {
-    fn new(slots: usize, k_bytes: usize, v_bytes: usize) -> Self {
-        Self { k: vec![0; slots * k_bytes], v: vec![0; slots * v_bytes], tokens: 0 }
-    }
-
-    fn bytes(&self) -> usize {
-        self.k.capacity() + self.v.capacity()
-    }
-
-    /// Drops the oldest `n` tokens.
-    fn shift(&mut self, n: usize, k_bytes: usize, v_bytes: usize) {
-        self.k.copy_within(n * k_bytes..self.tokens * k_bytes, 0);
-        self.v.copy_within(n * v_bytes..self.tokens * v_bytes, 0);
-        self.tokens -= n;
-    }
-}
 
 #[derive(Debug, Clone)]
 struct Sequence {
     sinks: Exact,
     pages: Vec<PageEntry>,
     tail: Exact,
-}
-
-/// Rows of memory that the caller owns, with a count of the table entries that name each.
-#[derive(Debug, Default)]
-struct Pool {
-    rows: Vec<RowPtr>,
-    owners: Vec<u32>,
-    free: Vec<u32>,
-}
-
-#[derive(Debug, Clone, Copy)]
-struct RowPtr(*mut u8);
-// SAFETY: rows are disjoint, alive and untouched by others while the cache lives (the contract of `LayerCache::add_rows`).
-unsafe impl Send for RowPtr {}
-// SAFETY: as above; writes happen through `&mut LayerCache` only.
-unsafe impl Sync for RowPtr {}
-
-impl Pool {
-    fn take(&mut self) -> u32 {
-        let row = self.free.pop().expect("rows were counted before");
-        self.owners[row as usize] = 1;
-        row
-    }
-
-    fn release(&mut self, row: u32) {
-        let owners = &mut self.owners[row as usize];
-        *owners -= 1;
-        if *owners == 0 {
-            self.free.push(row);
-        }
-    }
-}
-
-/// Bytes of a cache by what they hold.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Memory {
-    /// Codes in the pool, free rows included.
-    pub codes: usize,
-    /// Fields and padding in the pool, and the page tables.
-    pub scales: usize,
-    /// Exact newest tokens, free slots included.
-    pub tail: usize,
-    /// Exact first tokens.
-    pub sinks: usize,
-}
-
-impl Memory {
-    /// All of it.
-    pub fn total(&self) -> usize {
-        self.codes + self.scales + self.tail + self.sinks
-    }
 }
 
 /// The cache of one layer: `batch` sequences that grow together.
@@ -456,39 +352,5 @@ impl LayerCache {
             });
         }
         Ok(())
-    }
-}
-
-/// One piece of one row to write: `old` tokens from the tail, then `count` input tokens from `start`, from `slot` on.
-struct SealJob {
-    row: u32,
-    slot: usize,
-    old: Option<(Vec<u8>, Vec<u8>)>,
-    b: usize,
-    start: usize,
-    count: usize,
-}
-
-impl SealJob {
-    fn run(&self, codec: &PageCodec, row: &mut [u8], exact: Dtype, k: &View, v: &View) {
-        let gather = |view: &View, old: Option<&Vec<u8>>, dim: usize| {
-            let width = codec.heads * dim;
-            let old_tokens = old.map_or(0, |o| o.len() / (width * exact.bytes()));
-            let mut x = vec![0f32; (old_tokens + self.count) * width];
-            let (head, rest) = x.split_at_mut(old_tokens * width);
-            if let Some(old) = old {
-                exact.read_f32(old, head);
-            }
-            let mut scratch = Vec::new();
-            for (t, token) in rest.chunks_exact_mut(width).enumerate() {
-                for (h, out) in token.chunks_exact_mut(dim).enumerate() {
-                    view.row_f32(self.b, h, self.start + t, exact, &mut scratch, out);
-                }
-            }
-            x
-        };
-        let k = gather(k, self.old.as_ref().map(|o| &o.0), codec.key.layout.dim);
-        let v = gather(v, self.old.as_ref().map(|o| &o.1), codec.value.layout.dim);
-        codec.write(row, self.slot, k.len() / (codec.heads * codec.key.layout.dim), &k, &v);
     }
 }
