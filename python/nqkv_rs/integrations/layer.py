@@ -38,6 +38,7 @@ class Shared:
         self.counters = dict.fromkeys(_COUNTERS, 0)
         self.warned = False
         self._mask: torch.Tensor | None = None
+        self._key: tuple[int, int, int] | None = None
         self._starts: list[int] | None = None
 
     def left_padding(self, mask: torch.Tensor, queries: int, tokens: int) -> list[int] | None:
@@ -50,9 +51,10 @@ class Shared:
             queries: new tokens.
             tokens: tokens in the cache, the new ones included.
         """
-        if mask is self._mask:
+        key = (mask._version, queries, tokens)
+        if mask is self._mask and key == self._key:
             return self._starts
-        self._mask, self._starts = mask, None
+        self._mask, self._key, self._starts = mask, key, None
         if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1] != 1:
             return None
         if mask.shape[2] != queries or mask.shape[3] != tokens:
