@@ -18,3 +18,8 @@ pub mod tensor;
 
 #[cfg(feature = "python")]
 mod python;
+
+/// Compiles and runs the Rust of the quickstart.
+#[cfg(doctest)]
+#[doc = include_str!("../docs/quickstart.md")]
+pub struct Quickstart;
