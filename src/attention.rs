@@ -128,8 +128,11 @@ impl<'a> Plan<'a> {
                 if view.shape() != expected {
                     return Err(Error::shape(what, format!("{expected:?}"), format!("{:?}", view.shape())));
                 }
+                view.check_finite(what, view.dtype())?;
             }
         }
+        // A NaN would come out as zeros, or reach queries that may not see it.
+        queries.q.check_finite("q", queries.q.dtype())?;
         if queries.window == Some(0) {
             return Err(Error::value("window", "at least 1 token", 0));
         }

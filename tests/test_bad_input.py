@@ -109,6 +109,13 @@ ATTEND: list[Row] = [
     ("out strides", lambda c: c.attend(Q, out=OUT[..., ::-1]), TypeError, r"out: .*contiguous"),
     ("out int", lambda c: c.attend(Q, out=OUT.astype(int)), TypeError, r"out: .*got int64"),
     ("out list", lambda c: c.attend(Q, out=[1]), TypeError, r"out: .*got list"),
+    ("q NaN", lambda c: c.attend(Q * np.nan), ValueError, r"q: .*NaN .*index 0;"),
+    (
+        "fresh inf",
+        lambda c: c.attend(Q, fresh=(NEW[:, :, :3], NEW[:, :, :3] * np.inf)),
+        ValueError,
+        r"fresh v: .*inf .*index 0;",
+    ),
     ("scale", lambda c: c.attend(Q, scale=np.nan), ValueError, r"scale: .*finite.*NaN"),
     ("scale inf", lambda c: c.attend(Q, scale=np.inf), ValueError, r"scale: .*finite.*inf"),
     ("starts", lambda c: c.attend(Q, starts=[0, 0]), ValueError, r"starts: .*\[1\], got \[2\]"),
