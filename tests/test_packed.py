@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 from transformers import AutoModelForCausalLM  # noqa: E402
 from transformers.models.llama import LlamaConfig  # noqa: E402
 
-from nqkv_rs import NqkvCache  # noqa: E402
+from nqkv_rs import LayerCache, NqkvCache  # noqa: E402
 
 
 def tiny() -> Any:
@@ -31,6 +31,15 @@ def tiny() -> Any:
         eos_token_id=None,
     )
     return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [("float16", 4.6), ("float32", 4.75)])
+def test_effective_bits_at_8k_tokens(dtype: str, bits: float) -> None:
+    """SmolLM2's shape, every allocated byte counted."""
+    layer = LayerCache("nqkv4", kv_heads=3, key_dim=64, exact_dtype=dtype)
+    x = torch.randn(1, 3, 8192, 64)
+    layer.append(x, x)
+    assert 4.375 < 8 * layer.memory()["total"] / (2 * x.numel()) <= bits
 
 
 @pytest.mark.parametrize("scheme", ["nqkv4", "nqkv"])

@@ -125,6 +125,8 @@ def quantize(
 ) -> Quantized:
     """Quantize a tensor; blocks run along its last axis, a shorter one at the end of a row.
 
+    NF4 is QLoRA's (arXiv 2305.14314), absmax blocks for a KV cache NQKV's (arXiv 2505.16210).
+
     With ``flat=True, order="high"`` (NF4, absmax, fp32 scales) codes and scales are bit-equal to
     bitsandbytes 0.50 (``quantize_4bit(quant_type="nf4")``), except where a last, partial block has
     no magnitude above 1e-38: its scale is stored as it is here, and as 1e-38 there.

@@ -104,7 +104,10 @@ class Scheme:
 
     @classmethod
     def preset(cls, name: str) -> Scheme:
-        """A published recipe by name; see :func:`presets`.
+        """A recipe by name; see :func:`presets`.
+
+        ``nqkv4``, ``nqkv4-signed``: ours (the signed code is that of arXiv 2505.06653, fitted
+        anew); ``nqkv``: arXiv 2505.16210; ``kivi4``, ``kivi2``: arXiv 2402.02750.
 
         Args:
             name: one of :func:`presets`.
