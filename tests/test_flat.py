@@ -314,3 +314,21 @@ def test_fields_of_e4m3_are_read_as_they_are_written() -> None:
     q = nqkv_rs.quantize(x, scale="signed_absmax", scale_dtype="e4m3", block=16)
     np.testing.assert_array_equal(q.scales[:, 0], -scales.astype(np.float32))
     np.testing.assert_array_equal(nqkv_rs.dequantize(q), x)
+
+
+@pytest.mark.parametrize("shape", [(200_003,), (1500, 72), (3, 70_001), (9000, 13)])
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("book", ["nf4", "nf3"])
+def test_pieces_of_large_16_bit_tensors_are_the_whole(
+    shape: tuple[int, ...], flat: bool, book: str
+) -> None:
+    """16-bit tensors are converted piece by piece, fp32 ones are read in place: the same bytes."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(4)).bfloat16()
+    codec: dict[str, Any] = {"block": 48, "scale": "minmax", "scale_dtype": "fp16", "flat": flat}
+    pieces, whole = nqkv_rs.quantize(x, book, **codec), nqkv_rs.quantize(x.float(), book, **codec)
+    assert torch.equal(pieces.codes, whole.codes)
+    assert torch.equal(pieces.fields, whole.fields)
+    assert torch.equal(nqkv_rs.dequantize(pieces), nqkv_rs.dequantize(whole).bfloat16())
+    x.view(-1)[-3] = torch.nan
+    with pytest.raises(ValueError, match=f"index {x.numel() - 3};"):
+        nqkv_rs.quantize(x, book, **codec)

@@ -60,14 +60,6 @@ fn gather<'a>(t: &'a TensorRef, what: &str) -> Result<Cow<'a, [f32]>> {
         // SAFETY: contiguous, aligned, not empty, and alive while the borrow is.
         return Ok(Cow::Borrowed(unsafe { std::slice::from_raw_parts(t.data.cast(), t.len()) }));
     }
-    if t.check_contiguous(what).is_ok() {
-        // SAFETY: contiguous, not empty, and alive while the borrow is.
-        let bytes = unsafe { std::slice::from_raw_parts(t.data, t.len() * dtype.bytes()) };
-        let mut out = vec![0f32; t.len()];
-        let pieces = out.par_chunks_mut(PIECE).zip(bytes.par_chunks(PIECE * dtype.bytes()));
-        pieces.for_each(|(out, bytes)| dtype.read_f32(bytes, out));
-        return Ok(Cow::Owned(out));
-    }
     let size = dtype.bytes() as isize;
     let (dims, strides): (&[usize], &[isize]) = if t.shape.is_empty() { (&[1], &[1]) } else { (&t.shape, &t.strides) };
     let (last, outer) = (dims.len() - 1, dims[..dims.len() - 1].iter().product::<usize>());
@@ -91,6 +83,35 @@ fn gather<'a>(t: &'a TensorRef, what: &str) -> Result<Cow<'a, [f32]>> {
         }
     }
     Ok(Cow::Owned(out))
+}
+
+/// Elements of a piece that can be coded on its own: whole blocks that start on a byte. All `n` if rows do not allow it.
+fn piece_len(spec: &FlatSpec, n: usize, row: usize) -> usize {
+    match row {
+        _ if row == n => spec.block * (PIECE / spec.block).max(1),
+        _ if row.is_multiple_of(8) && row <= PIECE => row * (PIECE / row),
+        _ => n,
+    }
+}
+
+/// Converts and quantizes a contiguous tensor of another dtype than fp32, piece by piece, while a piece is in a core's cache.
+fn quantize_pieces(x: &[u8], dtype: Dtype, row: usize, spec: &FlatSpec, codes: &mut [u8], fields: &mut [u8]) -> Result<()> {
+    let n = x.len() / dtype.bytes();
+    let piece = piece_len(spec, n, row);
+    let (code_bytes, field_bytes) = (spec.codes_len(piece), spec.fields_len(piece, piece.min(row)));
+    let pieces = x.par_chunks(piece * dtype.bytes()).zip(codes.par_chunks_mut(code_bytes));
+    let pieces = pieces.zip(fields.par_chunks_mut(field_bytes)).enumerate();
+    let done = pieces.map_init(Vec::new, |wide, (i, ((x, codes), fields))| {
+        let len = x.len() / dtype.bytes();
+        wide.resize(len, 0f32);
+        dtype.read_f32(x, wide);
+        flat::quantize_into(wide, len.min(row), spec, codes, fields).map_err(|e| match e {
+            Error::NonFinite { what, index, got } => Error::NonFinite { what, index: i * piece + index, got },
+            other => other,
+        })
+    });
+    // In order, so that the first offending element is the one that is named.
+    done.collect::<Vec<Result<()>>>().into_iter().collect()
 }
 
 /// Bytes of codes and fields for a tensor of `shape`.
@@ -130,10 +151,16 @@ pub(super) fn quantize(
     let targets = (byte_output(&codes, "codes", spec.codes_len(n))?, byte_output(&fields, "fields", spec.fields_len(n, row))?);
     let tensor = SendRef(&x.tensor);
     py.detach(move || -> Result<()> {
-        let x = gather(tensor.get(), "x")?;
+        let tensor = tensor.get();
+        let dtype = tensor.float("x")?;
         // SAFETY: `byte_output` checked both; their capsules outlive this call.
         let (codes, fields) = unsafe { (output_bytes(targets.0.0, targets.0.1), output_bytes(targets.1.0, targets.1.1)) };
-        flat::quantize_into(&x, row, &spec, codes, fields)
+        if n > 0 && dtype != Dtype::F32 && tensor.check_contiguous("x").is_ok() {
+            // SAFETY: contiguous, not empty, and alive while the call is.
+            let x = unsafe { std::slice::from_raw_parts(tensor.data, n * dtype.bytes()) };
+            return quantize_pieces(x, dtype, row, &spec, codes, fields);
+        }
+        flat::quantize_into(&gather(tensor, "x")?, row, &spec, codes, fields)
     })?;
     Ok(())
 }
@@ -178,12 +205,7 @@ pub(super) fn dequantize(
         if n == 0 {
             return Ok(());
         }
-        // Pieces of whole blocks that start on a byte: converted while they are in a core's own cache.
-        let piece = match row {
-            _ if row == n => spec.block * (PIECE / spec.block),
-            _ if row % 8 == 0 && row <= PIECE => row * (PIECE / row),
-            _ => n.max(1),
-        };
+        let piece = piece_len(&spec, n, row);
         let (code_bytes, field_bytes) = (spec.codes_len(piece), spec.fields_len(piece, piece.min(row)));
         bytes.par_chunks_mut(piece * dtype.bytes()).enumerate().try_for_each_init(Vec::new, |wide, (i, bytes)| {
             let len = bytes.len() / dtype.bytes();
