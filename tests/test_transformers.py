@@ -151,6 +151,16 @@ def test_continuation_and_reset() -> None:
     assert torch.equal(tokens(model, cache, prompt(1, 90)), first)
 
 
+def test_inference_mode_with_left_padding() -> None:
+    model = tiny.model("llama")
+    cache = NqkvCache(model.config, SHORT)
+    with torch.inference_mode():
+        got = tokens(model, cache, prompt(2, 100, padded=True))
+    want = tokens(model, tiny.twin(model.config, SHORT), prompt(2, 100, padded=True))
+    assert torch.equal(got, want)
+    assert dense_calls(cache) == 0
+
+
 def test_memory_usage_counts_what_is_allocated() -> None:
     model = tiny.model("llama", dtype=torch.float32)
     cache = NqkvCache(model.config, "nqkv4")

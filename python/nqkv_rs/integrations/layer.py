@@ -51,7 +51,8 @@ class Shared:
             queries: new tokens.
             tokens: tokens in the cache, the new ones included.
         """
-        key = (mask._version, queries, tokens)
+        # Tensors of inference mode do not count their versions.
+        key = (0 if mask.is_inference() else mask._version, queries, tokens)
         if mask is self._mask and key == self._key:
             return self._starts
         self._mask, self._key, self._starts = mask, key, None
