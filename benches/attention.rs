@@ -40,7 +40,7 @@ fn decode(c: &mut Criterion) {
         let bytes = pool.len() as u64;
         let mut cache = LayerCache::new(codec, Dtype::Bf16, 1);
         // SAFETY: the pool outlives the cache.
-        unsafe { cache.add_rows(pool.as_mut_ptr(), TOKENS / 64) };
+        unsafe { cache.add_rows(pool.as_mut_ptr(), TOKENS / 64, Box::new(())) };
         let (k, v) = (noise(HEADS * 1024 * DIM, 1), noise(HEADS * 1024 * DIM, 2));
         for _ in 0..TOKENS / 1024 {
             let shape = [1, HEADS, 1024, DIM];

@@ -76,7 +76,7 @@ fn cache(c: &mut Criterion) {
         let mut fresh = || {
             let mut cache = LayerCache::new(codec.clone(), Dtype::F32, 1);
             // SAFETY: the pool outlives every cache of this function, and one at a time writes to it.
-            unsafe { cache.add_rows(pool.as_mut_ptr(), 1024) };
+            unsafe { cache.add_rows(pool.as_mut_ptr(), 1024, Box::new(())) };
             cache
         };
         group.bench_function(BenchmarkId::new("prefill_1024", name), |b| {

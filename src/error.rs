@@ -57,6 +57,11 @@ pub enum Error {
         /// Rows that are free.
         free: usize,
     },
+    /// A saved cache that cannot be read back: truncated, damaged, foreign, newer, or of another model.
+    File {
+        /// What is wrong with it.
+        why: String,
+    },
     /// A combination that this version does not implement.
     Unsupported {
         /// What was asked for.
@@ -90,6 +95,11 @@ impl Error {
         Self::Memory { what: what.into(), expected: expected.to_string(), got: got.to_string() }
     }
 
+    /// A [`Error::File`].
+    pub fn file(why: impl Into<String>) -> Self {
+        Self::File { why: why.into() }
+    }
+
     /// A [`Error::Unsupported`].
     pub fn unsupported(what: impl Into<String>, why: impl fmt::Display) -> Self {
         Self::Unsupported { what: what.into(), why: why.to_string() }
@@ -109,6 +119,7 @@ impl fmt::Display for Error {
             Self::Exhausted { needed, free } => {
                 write!(f, "pool: expected at least {needed} free rows, got {free}; nothing was written")
             }
+            Self::File { why } => write!(f, "saved cache: {why}"),
             Self::Unsupported { what, why } => write!(f, "{what} is not supported: {why}"),
         }
     }

@@ -15,7 +15,9 @@ impl From<Error> for PyErr {
     fn from(e: Error) -> Self {
         let text = e.to_string();
         match e {
-            Error::Shape { .. } | Error::Value { .. } | Error::NonFinite { .. } => PyValueError::new_err(text),
+            Error::Shape { .. } | Error::Value { .. } | Error::NonFinite { .. } | Error::File { .. } => {
+                PyValueError::new_err(text)
+            }
             Error::Dtype { .. } | Error::Memory { .. } => PyTypeError::new_err(text),
             Error::Exhausted { .. } => PyRuntimeError::new_err(text),
             Error::Unsupported { .. } => PyNotImplementedError::new_err(text),

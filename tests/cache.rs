@@ -75,7 +75,7 @@ impl Owned {
     fn grow(&mut self, rows: usize) {
         let mut memory = vec![0u8; rows * self.cache.codec().row_bytes()].into_boxed_slice();
         // SAFETY: the box lives beside the cache and nobody else touches it.
-        unsafe { self.cache.add_rows(memory.as_mut_ptr(), rows) };
+        unsafe { self.cache.add_rows(memory.as_mut_ptr(), rows, Box::new(())) };
         self.memory.push(memory);
     }
 
@@ -148,7 +148,7 @@ fn check(real: &Owned, model: &mut [Vec<Token>]) -> std::result::Result<(), Test
             }
         }
     }
-    let mut held: Vec<u32> = (0..model.len()).flat_map(|b| real.cache.table(b).iter().map(|e| e.row)).collect();
+    let mut held: Vec<u32> = (0..model.len()).flat_map(|b| real.cache.table(b).into_iter().map(|e| e.row)).collect();
     held.sort_unstable();
     held.dedup();
     prop_assert_eq!(real.cache.rows() - real.cache.free_rows(), held.len());

@@ -48,7 +48,7 @@ class Real:
         self.rows: list[plain.Array] = []
 
     def append(self, k: Any, v: Any) -> None:
-        missing = self.core.rows_needed(k.shape[2]) - self.core.free_rows
+        missing = self.core.rows_missing(k.shape[2])
         if missing > 0:
             pool = np.zeros((missing, self.heads, self.core.page_bytes), np.uint8)
             self.core.add_rows(pool)

@@ -38,10 +38,6 @@ class LayerCache:
         allocate: ``(rows, kv_heads, page_bytes) -> uint8 array`` of that shape, contiguous and
             writable; NumPy's ``empty`` if None.
 
-    Attributes:
-        pool: the arrays that hold all pages, ``[rows, kv_heads, page_bytes]`` uint8, in the page
-            format that ``src/page.rs`` draws.
-
     Raises:
         ValueError: a number or shape outside its domain.
         NotImplementedError: a combination that this version does not have.
@@ -77,7 +73,23 @@ class LayerCache:
         self.core = _core.LayerCache(
             self.scheme.to_json(), kv_heads, key_dim, self.value_dim, exact_dtype, batch
         )
-        self.pool: list[Any] = []
+
+    @classmethod
+    def _of(cls, core: _core.LayerCache, like: LayerCache) -> LayerCache:
+        cache = cls.__new__(cls)
+        cache.scheme, cache.core = like.scheme, core
+        cache.key_dim, cache.value_dim = like.key_dim, like.value_dim
+        cache._allocate = like._allocate
+        return cache
+
+    @property
+    def pool(self) -> list[Any]:
+        """The arrays that hold all pages, ``[rows, kv_heads, page_bytes]`` uint8.
+
+        Own ones first, then those of other caches whose pages are shared; rows of page tables
+        count over them in this order. ``src/page.rs`` draws the format.
+        """
+        return self.core.pool()
 
     def append(self, k: Any, v: Any) -> None:
         """Append the same number of tokens to every sequence.
@@ -94,12 +106,11 @@ class LayerCache:
         """
         shape = tuple(getattr(k, "shape", ()))
         if len(shape) == 4:
-            missing = self.core.rows_needed(shape[2]) - self.core.free_rows
+            missing = self.core.rows_missing(shape[2])
             if missing > 0:
                 self.core.check_append(k, v)
                 rows = self._allocate(missing, self.core.kv_heads, self.core.page_bytes)
                 self.core.add_rows(rows)
-                self.pool.append(rows)
         self.core.append(k, v)
 
     def attend(
@@ -202,6 +213,75 @@ class LayerCache:
         ``total`` is their sum.
         """
         return self.core.memory()
+
+    def crop(self, lengths: int | Sequence[int]) -> None:
+        """Cut every sequence to its first tokens: valid counts go down, nothing is re-encoded.
+
+        Args:
+            lengths: tokens to keep, one number for all sequences or one for each.
+
+        Raises:
+            ValueError: more than a sequence holds.
+        """
+        if hasattr(lengths, "__iter__"):
+            kept = [whole("lengths", n, 0) for n in lengths]
+        else:
+            kept = [whole("lengths", lengths, 0)] * self.core.batch
+        self.core.crop(kept)
+
+    def select(self, sequences: Sequence[int]) -> None:
+        """Make sequence ``i`` what ``sequences[i]`` was: reorder, repeat or drop sequences.
+
+        Args:
+            sequences: indices; pages are shared, exact tokens copied.
+        """
+        self.core.select([whole("sequences", i, 0) for i in sequences])
+
+    def fork(self) -> LayerCache:
+        """A cache of its own with the same tokens.
+
+        Pages are shared and stay as they are, whatever is done to either cache; exact tokens are
+        copied. What the fork appends stands in memory of its own. ``copy.copy`` and
+        ``copy.deepcopy`` fork, too.
+        """
+        return self._of(self.core.fork(), self)
+
+    def __copy__(self) -> LayerCache:
+        return self.fork()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerCache:
+        return self.fork()
+
+    def split(self, sizes: Sequence[int]) -> list[LayerCache]:
+        """Forks of consecutive sequences.
+
+        Args:
+            sizes: sequences of each fork; their sum is the batch.
+        """
+        sizes = [whole("sizes", n, 0) for n in sizes]
+        if sum(sizes) != self.core.batch:
+            raise ValueError(f"sizes: expected a sum of {self.core.batch} (the batch), got {sizes}")
+        parts, first = [], 0
+        for n in sizes:
+            part = self.fork()
+            part.core.select(list(range(first, first + n)))
+            parts.append(part)
+            first += n
+        return parts
+
+    @classmethod
+    def join(cls, caches: Sequence[LayerCache]) -> LayerCache:
+        """One cache with the sequences of all, in order: forks of them, put together.
+
+        Args:
+            caches: at least one, all of one scheme and shape; lengths may differ.
+        """
+        caches = list(caches)
+        for cache in caches:
+            if not isinstance(cache, LayerCache):
+                raise TypeError(f"caches: expected LayerCache, got {type(cache).__name__}")
+        joined = _core.LayerCache.join([cache.core for cache in caches])
+        return cls._of(joined, caches[0])
 
     def reset(self) -> None:
         """Drop every token. The pool's memory stays, for reuse."""

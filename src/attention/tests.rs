@@ -30,7 +30,7 @@ fn owned(scheme: &Scheme, batch: usize, heads: usize, kd: usize, vd: usize, exac
     let mut pool = vec![0xffu8; rows * codec.row_bytes()];
     let mut cache = LayerCache::new(codec, exact, batch);
     // SAFETY: the pool lives beside the cache and nobody else touches it.
-    unsafe { cache.add_rows(pool.as_mut_ptr(), rows) };
+    unsafe { cache.add_rows(pool.as_mut_ptr(), rows, Box::new(())) };
     Owned { cache, _pool: pool }
 }
 

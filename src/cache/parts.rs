@@ -1,12 +1,23 @@
 //! What a sequence is made of, and what it costs.
 
-/// One entry of a page table.
+use std::sync::Arc;
+
+use super::pool::Row;
+
+/// One entry of a page table, as callers see it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PageEntry {
-    /// Pool row.
+    /// Pool row: counted over the cache's own extents in the order in which they were added, then over those of other caches.
     pub row: u32,
     /// Valid tokens, 1..=64, from slot 0.
     pub count: u32,
+}
+
+/// One entry of a page table: a share in a row.
+#[derive(Debug, Clone)]
+pub(super) struct Page {
+    pub(super) row: Arc<Row>,
+    pub(super) count: u32,
 }
 
 /// Tokens kept as they came: `[token][heads][dim]`, token-major, in the exact dtype.
@@ -60,7 +71,44 @@ impl Exact {
     }
 }
 
-/// Bytes of a cache by what they hold.
+/// One sequence: `sinks | pages | tail`, oldest first.
+#[derive(Debug, Clone)]
+pub(super) struct Sequence {
+    pub(super) sinks: Exact,
+    pub(super) pages: Vec<Page>,
+    pub(super) tail: Exact,
+}
+
+impl Sequence {
+    pub(super) fn packed(&self) -> usize {
+        self.pages.iter().map(|p| p.count as usize).sum()
+    }
+
+    pub(super) fn tokens(&self) -> usize {
+        self.sinks.tokens + self.packed() + self.tail.tokens
+    }
+
+    /// Removes the newest `n` tokens, of at least as many. Valid counts go down; nothing is re-encoded.
+    pub(super) fn remove_newest(&mut self, n: usize) {
+        let mut left = n;
+        let mut cut = |held: usize| {
+            let cut = left.min(held);
+            left -= cut;
+            cut
+        };
+        self.tail.tokens -= cut(self.tail.tokens);
+        while let Some(page) = self.pages.last_mut() {
+            page.count -= cut(page.count as usize) as u32;
+            if page.count > 0 {
+                break;
+            }
+            self.pages.pop();
+        }
+        self.sinks.tokens -= cut(self.sinks.tokens);
+    }
+}
+
+/// Bytes of a cache by what they hold. Rows that forks share count in each of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Memory {
     /// Codes in the pool, free rows included.

@@ -1,34 +1,82 @@
-//! Pool rows and who uses them.
+//! Rows of pages: who owns the memory, and who still uses a row.
+//!
+//! An [`Extent`] is memory that a caller handed over in one piece. A [`Row`] is held by every table entry that names it, in
+//! whichever cache; with its last holder it returns to its extent, so that no row is lost and none is freed too early. Only
+//! the cache that was given an extent takes rows from it: caches that share rows never compete for free ones.
 
-/// Rows of memory that the caller owns, with a count of the table entries that name each.
-#[derive(Debug, Default)]
-pub(super) struct Pool {
-    pub(super) rows: Vec<RowPtr>,
-    pub(super) owners: Vec<u32>,
-    pub(super) free: Vec<u32>,
+use std::any::Any;
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// What keeps foreign memory alive: dropped with the last row of an extent and the cache that owns it.
+pub type Keep = Box<dyn Any + Send + Sync>;
+
+/// Rows of one piece of memory, and which of them are free.
+pub(super) struct Extent {
+    data: *mut u8,
+    row_bytes: usize,
+    pub(super) rows: usize,
+    free: Mutex<Vec<u32>>,
+    pub(super) keep: Keep,
 }
 
-#[derive(Debug, Clone, Copy)]
-pub(super) struct RowPtr(pub(super) *mut u8);
-// SAFETY: rows are disjoint, alive and untouched by others while the cache lives (the contract of `LayerCache::add_rows`).
-unsafe impl Send for RowPtr {}
-// SAFETY: as above; writes happen through `&mut LayerCache` only.
-unsafe impl Sync for RowPtr {}
+// SAFETY: the memory is plain bytes that live as long as the extent (the contract of `LayerCache::add_rows`); a row is
+// written by its only holder, through `&mut LayerCache`.
+unsafe impl Send for Extent {}
+// SAFETY: as above.
+unsafe impl Sync for Extent {}
 
-impl Pool {
-    /// A free row, now with one owner.
-    pub(super) fn take(&mut self) -> u32 {
-        let row = self.free.pop().expect("rows were counted before");
-        self.owners[row as usize] = 1;
-        row
+impl fmt::Debug for Extent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Extent({} rows, {} free)", self.rows, self.free().len())
+    }
+}
+
+impl Extent {
+    /// # Safety
+    /// `data` points to `rows * row_bytes` bytes that live, and that nobody else touches, until `keep` is dropped.
+    pub(super) unsafe fn new(data: *mut u8, row_bytes: usize, rows: usize, keep: Keep) -> Self {
+        Self { data, row_bytes, rows, free: Mutex::new((0..rows as u32).rev().collect()), keep }
     }
 
-    /// One owner fewer; the last one frees the row.
-    pub(super) fn release(&mut self, row: u32) {
-        let owners = &mut self.owners[row as usize];
-        *owners -= 1;
-        if *owners == 0 {
-            self.free.push(row);
-        }
+    fn free(&self) -> MutexGuard<'_, Vec<u32>> {
+        self.free.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn free_rows(&self) -> usize {
+        self.free().len()
+    }
+
+    /// A free row, the lowest first as long as none was returned.
+    pub(super) fn take(self: &Arc<Self>) -> Option<Arc<Row>> {
+        let index = self.free().pop()?;
+        Some(Arc::new(Row { extent: Arc::clone(self), index }))
+    }
+}
+
+/// One row in use.
+#[derive(Debug)]
+pub(super) struct Row {
+    pub(super) extent: Arc<Extent>,
+    pub(super) index: u32,
+}
+
+impl Row {
+    /// Its first byte.
+    pub(super) fn data(&self) -> *mut u8 {
+        // SAFETY: index < rows, all inside the memory of the extent.
+        unsafe { self.extent.data.add(self.index as usize * self.extent.row_bytes) }
+    }
+
+    /// Its bytes. Nobody writes a row that has more than one holder, nor one whose holder is borrowed.
+    pub(super) fn bytes(&self) -> &[u8] {
+        // SAFETY: inside the extent's memory, alive while `self` holds the extent.
+        unsafe { std::slice::from_raw_parts(self.data(), self.extent.row_bytes) }
+    }
+}
+
+impl Drop for Row {
+    fn drop(&mut self) {
+        self.extent.free().push(self.index);
     }
 }

@@ -18,11 +18,19 @@ use crate::tensor::Dtype;
 #[pyclass(frozen, module = "nqkv_rs._core")]
 pub(super) struct LayerCache {
     inner: Mutex<cache::LayerCache>,
-    /// Capsules of the pool's memory.
-    pool: Mutex<Vec<Py<PyAny>>>,
+}
+
+/// A pool array, and the capsule that borrows its memory.
+struct PoolArray {
+    array: Py<PyAny>,
+    _capsule: Py<PyAny>,
 }
 
 impl LayerCache {
+    fn of(inner: cache::LayerCache) -> Self {
+        Self { inner: Mutex::new(inner) }
+    }
+
     fn lock(&self) -> MutexGuard<'_, cache::LayerCache> {
         self.inner.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
@@ -35,14 +43,31 @@ fn sequence(cache: &cache::LayerCache, b: usize) -> PyResult<usize> {
     Err(Error::value("sequence", format!("0 to {}", cache.batch().saturating_sub(1)), b).into())
 }
 
+/// Memory for rows: `[rows, kv_heads, page_bytes]`, uint8, contiguous, writable.
+fn pool_memory(codec: &PageCodec, pool: &Bound<'_, PyAny>) -> PyResult<(*mut u8, usize, cache::Keep)> {
+    let memory = Borrowed::new("pool", pool)?;
+    let t = &memory.tensor;
+    if t.element != Element::U8 {
+        return Err(Error::dtype("pool", "uint8", "a float type").into());
+    }
+    let expected = [codec.heads, codec.layout.page_bytes()];
+    if t.shape.len() != 3 || t.shape[1..] != expected {
+        let expected = format!("[rows, {}, {}]", expected[0], expected[1]);
+        return Err(Error::shape("pool", expected, format!("{:?}", t.shape)).into());
+    }
+    t.check_output("pool", &t.shape.clone())?;
+    let (data, rows) = (t.data, t.shape[0]);
+    let keep = PoolArray { array: pool.clone().unbind(), _capsule: memory.capsule.unbind() };
+    Ok((data, rows, Box::new(keep)))
+}
+
 #[pymethods]
 impl LayerCache {
     #[new]
     #[pyo3(signature = (scheme, kv_heads, key_dim, value_dim, exact_dtype, batch))]
     fn new(scheme: &str, kv_heads: usize, key_dim: usize, value_dim: usize, exact_dtype: &str, batch: usize) -> PyResult<Self> {
         let codec = PageCodec::new(&Scheme::from_json(scheme)?, kv_heads, key_dim, value_dim)?;
-        let inner = cache::LayerCache::new(Arc::new(codec), Dtype::parse(exact_dtype)?, batch);
-        Ok(Self { inner: Mutex::new(inner), pool: Mutex::new(Vec::new()) })
+        Ok(Self::of(cache::LayerCache::new(Arc::new(codec), Dtype::parse(exact_dtype)?, batch)))
     }
 
     #[getter]
@@ -96,26 +121,20 @@ impl LayerCache {
         Ok(cache.table(b).iter().map(|e| (e.row, e.count)).collect())
     }
 
-    fn rows_needed(&self, tokens: usize) -> usize {
-        self.lock().rows_needed(tokens)
+    fn rows_missing(&self, tokens: usize) -> usize {
+        self.lock().rows_missing(tokens)
+    }
+
+    fn pool(&self, py: Python<'_>) -> Vec<Py<PyAny>> {
+        let arrays = |keep: &cache::Keep| keep.downcast_ref::<PoolArray>().map(|p| p.array.clone_ref(py));
+        self.lock().kept().into_iter().filter_map(arrays).collect()
     }
 
     fn add_rows(&self, pool: &Bound<'_, PyAny>) -> PyResult<()> {
-        let memory = Borrowed::new("pool", pool)?;
         let mut cache = self.lock();
-        let t = &memory.tensor;
-        if t.element != Element::U8 {
-            return Err(Error::dtype("pool", "uint8", "a float type").into());
-        }
-        let expected = [cache.codec().heads, cache.codec().layout.page_bytes()];
-        if t.shape.len() != 3 || t.shape[1..] != expected {
-            let expected = format!("[rows, {}, {}]", expected[0], expected[1]);
-            return Err(Error::shape("pool", expected, format!("{:?}", t.shape)).into());
-        }
-        t.check_output("pool", &t.shape.clone())?;
-        // SAFETY: the checks above; the capsule, kept below, keeps the memory alive.
-        unsafe { cache.add_rows(t.data, t.shape[0]) };
-        self.pool.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(memory.capsule.unbind());
+        let (data, rows, keep) = pool_memory(cache.codec(), pool)?;
+        // SAFETY: `pool_memory` checked it; the capsule in `keep` keeps it alive.
+        unsafe { cache.add_rows(data, rows, keep) };
         Ok(())
     }
 
@@ -239,6 +258,21 @@ impl LayerCache {
 
     fn select(&self, indices: Vec<usize>) -> PyResult<()> {
         Ok(self.lock().select(&indices)?)
+    }
+
+    fn crop(&self, lengths: Vec<usize>) -> PyResult<()> {
+        Ok(self.lock().crop(&lengths)?)
+    }
+
+    fn fork(&self) -> Self {
+        Self::of(self.lock().fork())
+    }
+
+    #[staticmethod]
+    fn join(parts: Vec<PyRef<'_, Self>>) -> PyResult<Self> {
+        // Forked one by one: the same cache may stand here twice, and no two locks are held at once.
+        let forks: Vec<cache::LayerCache> = parts.iter().map(|p| p.lock().fork()).collect();
+        Ok(Self::of(cache::LayerCache::join(&forks.iter().collect::<Vec<_>>())?))
     }
 
     fn reset(&self) {
