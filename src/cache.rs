@@ -37,9 +37,7 @@ impl LayerCache {
     /// An empty cache for `batch` sequences. `exact` is the element type of exact tokens.
     pub fn new(codec: Arc<PageCodec>, exact: Dtype, batch: usize) -> Self {
         let exact = codec.scheme.exact_dtype.unwrap_or(exact);
-        let mut cache = Self { codec, exact, extents: Vec::new(), sequences: Vec::new() };
-        cache.sequences = (0..batch).map(|_| cache.empty()).collect();
-        cache
+        Self { codec, exact, extents: Vec::new(), sequences: vec![Sequence::new(); batch] }
     }
 
     /// Scheme and layout.
@@ -134,11 +132,11 @@ impl LayerCache {
         self.extents.push(Arc::new(unsafe { Extent::new(data, self.codec.row_bytes(), count, keep) }));
     }
 
-    fn empty(&self) -> Sequence {
+    /// Slots of the sinks and of the tail.
+    fn slots(&self) -> [usize; 2] {
         let scheme = &self.codec.scheme;
-        let (k, v) = self.token_bytes();
         let tail = if scheme.writes_single_slots() { 0 } else { scheme.residual_length + PAGE_TOKENS };
-        Sequence { sinks: Exact::new(scheme.sink_tokens, k, v), pages: Vec::new(), tail: Exact::new(tail, k, v) }
+        [scheme.sink_tokens, tail]
     }
 
     /// Bytes of one exact token of all heads: keys, values.

@@ -9,6 +9,7 @@ pub mod codebook;
 pub mod codec;
 pub mod dlpack;
 pub mod error;
+pub mod file;
 pub mod flat;
 pub mod pack;
 pub mod page;

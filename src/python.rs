@@ -2,6 +2,7 @@
 
 mod borrow;
 mod cache;
+mod file;
 mod flat;
 
 use pyo3::exceptions::{PyNotImplementedError, PyRuntimeError, PyTypeError, PyValueError};
@@ -75,6 +76,8 @@ mod _core {
     #[pymodule_export]
     use super::cache::LayerCache;
     #[pymodule_export]
+    use super::file::{SavedCache, save};
+    #[pymodule_export]
     use super::flat::{dequantize, quantize, quantized_sizes};
     #[pymodule_export]
     use super::{check_scheme, codebook, cpu_features, preset, presets};
@@ -84,6 +87,7 @@ mod _core {
     #[pymodule_init]
     fn init(m: &Bound<'_, PyModule>) -> PyResult<()> {
         m.add("__version__", env!("CARGO_PKG_VERSION"))?;
+        m.add("FILE_FORMAT", crate::file::FORMAT)?;
         m.add("PAGE_TOKENS", crate::page::PAGE_TOKENS)?;
         m.add("PAGE_VERSION", crate::page::PAGE_VERSION)
     }

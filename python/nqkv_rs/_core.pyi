@@ -1,10 +1,13 @@
+import os
 from collections.abc import Sequence
 from typing import Any, final
 
 __all__ = [
+    "FILE_FORMAT",
     "PAGE_TOKENS",
     "PAGE_VERSION",
     "LayerCache",
+    "SavedCache",
     "__version__",
     "check_scheme",
     "codebook",
@@ -14,9 +17,11 @@ __all__ = [
     "presets",
     "quantize",
     "quantized_sizes",
+    "save",
 ]
 
 __version__: str
+FILE_FORMAT: int
 PAGE_TOKENS: int
 PAGE_VERSION: int
 
@@ -76,6 +81,20 @@ class LayerCache:
     def reset(self) -> None: ...
     def memory(self) -> dict[str, int]: ...
 
+@final
+class SavedCache:
+    def __new__(cls, bytes: Any) -> SavedCache: ...
+    @property
+    def header(self) -> str: ...
+    def tensor(self, name: str) -> tuple[str, list[int], int, int]: ...
+    def pages(self, layer: int) -> tuple[list[int], int, int]: ...
+    def layer(self, layer: int, pool: Any) -> LayerCache: ...
+
+def save(
+    path: str | os.PathLike[str],
+    model: str,
+    layers: Sequence[LayerCache | tuple[str, Any, Any] | None],
+) -> int: ...
 def check_scheme(json: str) -> str: ...
 def preset(name: str) -> str: ...
 def presets() -> list[str]: ...

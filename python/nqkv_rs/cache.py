@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 
 from nqkv_rs import _core
 from nqkv_rs._arguments import whole
+from nqkv_rs.saved import map_saved, pages
 from nqkv_rs.scheme import Scheme
 
 __all__ = ["LayerCache"]
@@ -282,6 +285,54 @@ class LayerCache:
                 raise TypeError(f"caches: expected LayerCache, got {type(cache).__name__}")
         joined = _core.LayerCache.join([cache.core for cache in caches])
         return cls._of(joined, caches[0])
+
+    def save(self, path: str | os.PathLike[str]) -> int:
+        """Write the cache as one safetensors file that :meth:`load` maps; complete or not at all.
+
+        Args:
+            path: where to; a file there is replaced.
+
+        Returns:
+            Bytes written.
+        """
+        return _core.save(os.fspath(path), "null", [self.core])
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        layer: int = 0,
+        *,
+        allocate: Allocate | None = None,
+    ) -> LayerCache:
+        """A saved cache over the mapped file: pages are not read into memory of their own.
+
+        What is appended stands in new memory; the file never changes. Do not shorten it while the
+        cache lives.
+
+        Args:
+            path: what :meth:`save`, or :meth:`nqkv_rs.NqkvCache.save`, wrote.
+            layer: which of the file's layers.
+            allocate: as for the constructor.
+
+        Raises:
+            ValueError: a truncated, damaged, foreign or newer file, or a layer that is not packed.
+            OSError: no such file.
+        """
+        mapped, saved = map_saved(path)
+        layer = whole("layer", layer, 0)
+        try:
+            core = saved.layer(layer, pages(mapped, saved, layer))
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)}: {error}") from None
+        header = json.loads(saved.header)
+        of = header["layers"][layer]
+        cache = cls.__new__(cls)
+        cache.scheme = Scheme.of(header["schemes"][of["scheme"]])
+        cache.key_dim, cache.value_dim = of["key_dim"], of["value_dim"]
+        cache._allocate = allocate or _numpy_rows
+        cache.core = core
+        return cache
 
     def reset(self) -> None:
         """Drop every token. The pool's memory stays, for reuse."""

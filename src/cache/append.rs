@@ -58,6 +58,13 @@ impl LayerCache {
         if needed > 0 && needed > self.free_rows() {
             return Err(Error::Exhausted { needed, free: self.free_rows() });
         }
+        if k.shape()[2] > 0 {
+            let ([sinks, tail], (k_bytes, v_bytes)) = (self.slots(), self.token_bytes());
+            for s in &mut self.sequences {
+                s.sinks.open(sinks, k_bytes, v_bytes)?;
+                s.tail.open(tail, k_bytes, v_bytes)?;
+            }
+        }
         // Nobody else takes rows from these extents.
         let mut rows = self.extents.iter().flat_map(|e| std::iter::from_fn(|| e.take())).take(needed).collect::<Vec<_>>();
         rows.reverse();

@@ -1,8 +1,10 @@
 //! What a sequence is made of, and what it costs.
 
+use std::alloc::{Layout, alloc_zeroed};
 use std::sync::Arc;
 
 use super::pool::Row;
+use crate::error::{Error, Result};
 
 /// One entry of a page table, as callers see it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,8 +57,19 @@ impl SequenceView<'_> {
 }
 
 impl Exact {
-    pub(super) fn new(slots: usize, k_bytes: usize, v_bytes: usize) -> Self {
-        Self { k: vec![0; slots * k_bytes], v: vec![0; slots * v_bytes], tokens: 0 }
+    /// No tokens, and no memory before the first one.
+    pub(super) fn new() -> Self {
+        Self { k: Vec::new(), v: Vec::new(), tokens: 0 }
+    }
+
+    /// Makes room for `slots` tokens, unless it is there.
+    pub(super) fn open(&mut self, slots: usize, k_bytes: usize, v_bytes: usize) -> Result<()> {
+        for (part, bytes) in [(&mut self.k, slots * k_bytes), (&mut self.v, slots * v_bytes)] {
+            if part.len() < bytes {
+                *part = zeroed(bytes)?;
+            }
+        }
+        Ok(())
     }
 
     pub(super) fn bytes(&self) -> usize {
@@ -71,6 +84,20 @@ impl Exact {
     }
 }
 
+/// Zeros that the system hands out when they are touched; an error instead of the end of the process if there are too many.
+fn zeroed(bytes: usize) -> Result<Vec<u8>> {
+    let none = || Error::value("memory for exact tokens", "a size that can be allocated", format!("{bytes} bytes"));
+    let layout = Layout::array::<u8>(bytes).map_err(|_| none())?;
+    if bytes == 0 {
+        return Ok(Vec::new());
+    }
+    // SAFETY: the layout is not empty; a Vec of as many initialised bytes takes the allocation over.
+    unsafe {
+        let data = alloc_zeroed(layout);
+        if data.is_null() { Err(none()) } else { Ok(Vec::from_raw_parts(data, bytes, bytes)) }
+    }
+}
+
 /// One sequence: `sinks | pages | tail`, oldest first.
 #[derive(Debug, Clone)]
 pub(super) struct Sequence {
@@ -80,6 +107,10 @@ pub(super) struct Sequence {
 }
 
 impl Sequence {
+    pub(super) fn new() -> Self {
+        Self { sinks: Exact::new(), pages: Vec::new(), tail: Exact::new() }
+    }
+
     pub(super) fn packed(&self) -> usize {
         self.pages.iter().map(|p| p.count as usize).sum()
     }

@@ -68,15 +68,13 @@ impl LayerCache {
     }
 
     fn sequence(&self, stored: &Stored, rows: &[Arc<Row>]) -> Result<Sequence> {
-        let scheme = &self.codec.scheme;
-        let mut s = self.empty();
-        let tail_slots = if scheme.writes_single_slots() { 0 } else { scheme.residual_length + PAGE_TOKENS };
-        self.fill("sinks", &mut s.sinks, &stored.sinks, scheme.sink_tokens)?;
-        // A tail of as many as its slots would have been sealed.
-        self.fill("tail", &mut s.tail, &stored.tail, tail_slots.saturating_sub(1))?;
-        if s.sinks.tokens < scheme.sink_tokens && (s.tail.tokens > 0 || !stored.pages.is_empty()) {
-            let expected = format!("{} before any other token", scheme.sink_tokens);
-            return Err(Error::value("sinks", expected, s.sinks.tokens));
+        let mut s = Sequence::new();
+        let [sinks, tail] = self.slots();
+        // A tail of as many tokens as it has slots would have been sealed.
+        self.fill("sinks", &mut s.sinks, &stored.sinks, sinks, sinks)?;
+        self.fill("tail", &mut s.tail, &stored.tail, tail, tail.saturating_sub(1))?;
+        if s.sinks.tokens < sinks && (s.tail.tokens > 0 || !stored.pages.is_empty()) {
+            return Err(Error::value("sinks", format!("{sinks} before any other token"), s.sinks.tokens));
         }
         for entry in &stored.pages {
             let Some(row) = rows.get(entry.row as usize) else {
@@ -90,12 +88,15 @@ impl LayerCache {
         Ok(s)
     }
 
-    fn fill(&self, what: &str, part: &mut Exact, [k, v]: &[Vec<u8>; 2], most: usize) -> Result<()> {
+    fn fill(&self, what: &str, part: &mut Exact, [k, v]: &[Vec<u8>; 2], slots: usize, most: usize) -> Result<()> {
         let (k_bytes, v_bytes) = self.token_bytes();
         let tokens = k.len() / k_bytes;
         if tokens > most || k.len() != tokens * k_bytes || v.len() != tokens * v_bytes {
             let expected = format!("0 to {most} tokens of {k_bytes} + {v_bytes} bytes");
             return Err(Error::value(what, expected, format!("{} + {} bytes", k.len(), v.len())));
+        }
+        if tokens > 0 {
+            part.open(slots, k_bytes, v_bytes)?;
         }
         part.k[..k.len()].copy_from_slice(k);
         part.v[..v.len()].copy_from_slice(v);

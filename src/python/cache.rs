@@ -27,8 +27,13 @@ struct PoolArray {
 }
 
 impl LayerCache {
-    fn of(inner: cache::LayerCache) -> Self {
+    pub(super) fn of(inner: cache::LayerCache) -> Self {
         Self { inner: Mutex::new(inner) }
+    }
+
+    /// See `cache::LayerCache::fork`.
+    pub(super) fn fork_inner(&self) -> cache::LayerCache {
+        self.lock().fork()
     }
 
     fn lock(&self) -> MutexGuard<'_, cache::LayerCache> {
@@ -44,7 +49,7 @@ fn sequence(cache: &cache::LayerCache, b: usize) -> PyResult<usize> {
 }
 
 /// Memory for rows: `[rows, kv_heads, page_bytes]`, uint8, contiguous, writable.
-fn pool_memory(codec: &PageCodec, pool: &Bound<'_, PyAny>) -> PyResult<(*mut u8, usize, cache::Keep)> {
+pub(super) fn pool_memory(codec: &PageCodec, pool: &Bound<'_, PyAny>) -> PyResult<(*mut u8, usize, cache::Keep)> {
     let memory = Borrowed::new("pool", pool)?;
     let t = &memory.tensor;
     if t.element != Element::U8 {
@@ -265,13 +270,13 @@ impl LayerCache {
     }
 
     fn fork(&self) -> Self {
-        Self::of(self.lock().fork())
+        Self::of(self.fork_inner())
     }
 
     #[staticmethod]
     fn join(parts: Vec<PyRef<'_, Self>>) -> PyResult<Self> {
         // Forked one by one: the same cache may stand here twice, and no two locks are held at once.
-        let forks: Vec<cache::LayerCache> = parts.iter().map(|p| p.lock().fork()).collect();
+        let forks: Vec<cache::LayerCache> = parts.iter().map(|p| p.fork_inner()).collect();
         Ok(Self::of(cache::LayerCache::join(&forks.iter().collect::<Vec<_>>())?))
     }
 
