@@ -1,13 +1,16 @@
 //! The cache of one layer against a dense model of what it must hold: exact tokens as they came, page tokens as they were
 //! first read after sealing.
 
+mod common;
+
 use std::sync::Arc;
 
+use common::{Alive, number, view};
 use nqkv_rs::cache::LayerCache;
 use nqkv_rs::error::Error;
 use nqkv_rs::scheme::Scheme;
 use nqkv_rs::seal::PageCodec;
-use nqkv_rs::tensor::{Dtype, View};
+use nqkv_rs::tensor::Dtype;
 use proptest::prelude::*;
 
 /// A page table and the bytes of its pages.
@@ -32,15 +35,6 @@ fn new_cache(scheme: &Scheme, batch: usize) -> LayerCache {
     LayerCache::new(Arc::new(codec), Dtype::F32, batch)
 }
 
-/// Number `c` of token `id`, roughly normal.
-fn number(id: u64, c: usize) -> f32 {
-    let mut x = (id << 16 | c as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    x ^= x >> 31;
-    (0..4).map(|i| (x >> (16 * i) & 0xffff) as f32 / 32768.0 - 1.0).sum()
-}
-
 /// `[batch][heads][tokens][dim]` of the tokens `ids[b]`; values use other channels of the same ids than keys.
 fn tensor(ids: &[Vec<u64>], dim: usize, first_channel: usize) -> Vec<f32> {
     let mut x = Vec::new();
@@ -54,36 +48,22 @@ fn tensor(ids: &[Vec<u64>], dim: usize, first_channel: usize) -> Vec<f32> {
     x
 }
 
-fn view(x: &[f32], shape: [usize; 4]) -> View {
-    assert_eq!(x.len(), shape.iter().product::<usize>());
-    let [_, h, t, d] = shape.map(|s| s as isize);
-    // SAFETY: contiguous, and every caller keeps `x` alive and unwritten while the view is used.
-    unsafe { View::new(x.as_ptr().cast(), Dtype::F32, shape, [h * t * d, t * d, d, 1]) }
-}
-
-/// A cache and the memory of its pool, which grows by what an append needs.
+/// A cache and what its memory is counted by.
 struct Owned {
     cache: LayerCache,
-    memory: Vec<Box<[u8]>>,
+    alive: Alive,
 }
 
 impl Owned {
     fn new(scheme: &Scheme, batch: usize) -> Self {
-        Self { cache: new_cache(scheme, batch), memory: Vec::new() }
-    }
-
-    fn grow(&mut self, rows: usize) {
-        let mut memory = vec![0u8; rows * self.cache.codec().row_bytes()].into_boxed_slice();
-        // SAFETY: the box lives beside the cache and nobody else touches it.
-        unsafe { self.cache.add_rows(memory.as_mut_ptr(), rows, Box::new(())) };
-        self.memory.push(memory);
+        Self { cache: new_cache(scheme, batch), alive: Alive::default() }
     }
 
     fn append(&mut self, ids: &[Vec<u64>]) {
         let tokens = ids[0].len();
-        let missing = self.cache.rows_needed(tokens).saturating_sub(self.cache.free_rows());
+        let missing = self.cache.rows_missing(tokens);
         if missing > 0 {
-            self.grow(missing);
+            self.alive.grow(&mut self.cache, missing);
         }
         let (k, v) = (tensor(ids, KEY_DIM, 0), tensor(ids, VALUE_DIM, 1000));
         let shape = |dim| [ids.len(), HEADS, tokens, dim];
@@ -243,8 +223,8 @@ fn failed_calls_leave_the_cache_as_it_was() {
     for name in ["nqkv4", "nqkv"] {
         let mut real = Owned::new(&scheme(name, 32), 2);
         real.append(&[(0..150).collect(), (500..650).collect()]);
-        real.grow(2);
-        let (before, memory) = (real.state(), real.memory.clone());
+        real.alive.grow(&mut real.cache, 2);
+        let before = real.state();
         let ids: Vec<Vec<u64>> = vec![(200..300).collect(), (700..800).collect()];
         let (k, v) = (tensor(&ids, KEY_DIM, 0), tensor(&ids, VALUE_DIM, 1000));
         let (ks, vs) = ([2, HEADS, 100, KEY_DIM], [2, HEADS, 100, VALUE_DIM]);
@@ -267,7 +247,7 @@ fn failed_calls_leave_the_cache_as_it_was() {
         let error = real.cache.append(&view(&k, [2, HEADS, 400, KEY_DIM]), &view(&v, [2, HEADS, 400, VALUE_DIM]));
         assert!(matches!(error, Err(Error::Exhausted { free: 2, .. })), "{error:?}");
         assert!(real.cache.remove_newest(151).is_err() && real.cache.select(&[0, 2]).is_err());
-        assert!(real.state() == before && real.memory == memory, "{name}");
+        assert!(real.state() == before, "{name}");
     }
 }
 
