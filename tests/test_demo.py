@@ -12,6 +12,8 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+import tiny  # noqa: E402
+
 from nqkv_rs import models  # noqa: E402
 from nqkv_rs.evaluation import (  # noqa: E402
     Fp8Cache,
@@ -44,38 +46,28 @@ PROTOCOL = {"window": 96, "chunk": 16, "skip": 24, "scored": 100}
 
 
 @pytest.fixture(scope="module")
-def tiny() -> Any:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=211,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        # Large weights: attention of a fresh model is flat, and would hide what a cache does to it.
-        initializer_range=0.3,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
+def model() -> Any:
+    return tiny.model("llama", dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
 def ids() -> Any:
-    return torch.randint(0, 211, (2, 96), generator=torch.Generator().manual_seed(1))
+    return torch.randint(0, 97, (2, 96), generator=torch.Generator().manual_seed(1))
 
 
-def test_a_dense_cache_costs_nothing(tiny: Any, ids: Any) -> None:
-    got = divergence(tiny, transformers.DynamicCache, ids, **PROTOCOL)
+def test_a_dense_cache_costs_nothing(model: Any, ids: Any) -> None:
+    got = divergence(model, transformers.DynamicCache, ids, **PROTOCOL)
     assert (got.kl_mean, got.kl_stderr, got.top1_agreement) == (0.0, 0.0, 1.0)
     # Whole windows are taken: 100 positions need two of 72.
     assert got.scored_tokens == 144
     assert got.packed_read_share is None
 
 
-def test_fp8_costs_something_and_schemes_do_not_disturb_each_other(tiny: Any, ids: Any) -> None:
-    alone = divergence(tiny, Fp8Cache, ids, **PROTOCOL)
-    both = divergences(tiny, {"fp8": Fp8Cache, "dense": transformers.DynamicCache}, ids, **PROTOCOL)
+def test_fp8_costs_something_and_schemes_do_not_disturb_each_other(model: Any, ids: Any) -> None:
+    alone = divergence(model, Fp8Cache, ids, **PROTOCOL)
+    both = divergences(
+        model, {"fp8": Fp8Cache, "dense": transformers.DynamicCache}, ids, **PROTOCOL
+    )
     assert 0.0 < alone.kl_mean < 1.0
     assert 0.0 < alone.kl_stderr < alone.kl_mean
     assert 0.0 < alone.top1_agreement <= 1.0
@@ -83,24 +75,24 @@ def test_fp8_costs_something_and_schemes_do_not_disturb_each_other(tiny: Any, id
     assert both["dense"].kl_mean == 0.0
 
 
-def test_kl_is_the_definition(tiny: Any, ids: Any) -> None:
+def test_kl_is_the_definition(model: Any, ids: Any) -> None:
     row = ids[:1]
-    got = divergence(tiny, Fp8Cache, row, window=96, chunk=16, skip=24, scored=72)
+    got = divergence(model, Fp8Cache, row, window=96, chunk=16, skip=24, scored=72)
     cache, parts = Fp8Cache(), []
     with torch.inference_mode():
-        dense = tiny(row).logits[0, 24:].double().softmax(-1)
+        dense = model(row).logits[0, 24:].double().softmax(-1)
         for start in range(0, 96, 8):
-            parts.append(tiny(row[:, start : start + 8], past_key_values=cache).logits[0])
+            parts.append(model(row[:, start : start + 8], past_key_values=cache).logits[0])
     packed = torch.cat(parts)[24:].double().softmax(-1)
     expected = (dense * (dense / packed).log()).sum(-1).mean()
     # Another chunk size and a dense pass in one go: fp32 noise only.
     assert got.kl_mean == pytest.approx(float(expected), rel=0.05)
 
 
-def test_progress_reaches_the_end_and_chunks_respect_the_border(tiny: Any, ids: Any) -> None:
+def test_progress_reaches_the_end_and_chunks_respect_the_border(model: Any, ids: Any) -> None:
     seen: list[tuple[int, int]] = []
     divergence(
-        tiny,
+        model,
         transformers.DynamicCache,
         ids.flatten(),
         **PROTOCOL,
@@ -112,7 +104,7 @@ def test_progress_reaches_the_end_and_chunks_respect_the_border(tiny: Any, ids: 
     assert max(steps) == 16
 
 
-def test_reads_are_counted_over_the_scored_part_only(tiny: Any, ids: Any) -> None:
+def test_reads_are_counted_over_the_scored_part_only(model: Any, ids: Any) -> None:
     class Counting(transformers.DynamicCache):  # type: ignore[misc]
         """Pretends that before position 24 nothing, and after it half, was read from pages."""
 
@@ -120,16 +112,16 @@ def test_reads_are_counted_over_the_scored_part_only(tiny: Any, ids: Any) -> Non
             n = self.get_seq_length()
             return {"attended_positions": 10 * n, "packed_positions": 5 * max(n - 24, 0)}
 
-    got = divergence(tiny, Counting, ids, **PROTOCOL)
+    got = divergence(model, Counting, ids, **PROTOCOL)
     assert got.packed_read_share == 0.5
 
 
-def test_nan_is_never_perfect(tiny: Any, ids: Any) -> None:
+def test_nan_is_never_perfect(model: Any, ids: Any) -> None:
     class Broken(transformers.DynamicCache):  # type: ignore[misc]
         def update(self, k: Any, v: Any, *args: Any, **kwargs: Any) -> Any:
             return super().update(k, v * float("nan"), *args, **kwargs)
 
-    assert math.isnan(divergence(tiny, Broken, ids, **PROTOCOL).kl_mean)
+    assert math.isnan(divergence(model, Broken, ids, **PROTOCOL).kl_mean)
 
 
 @pytest.mark.parametrize(
@@ -141,10 +133,10 @@ def test_nan_is_never_perfect(tiny: Any, ids: Any) -> None:
     ],
 )
 def test_sizes_that_make_no_sense_are_refused(
-    tiny: Any, ids: Any, changed: dict[str, int], said: str
+    model: Any, ids: Any, changed: dict[str, int], said: str
 ) -> None:
     with pytest.raises(ValueError, match=said):
-        divergence(tiny, transformers.DynamicCache, ids, **{**PROTOCOL, **changed})
+        divergence(model, transformers.DynamicCache, ids, **{**PROTOCOL, **changed})
 
 
 def test_e4m3_saturates_and_rounds() -> None:
@@ -192,13 +184,13 @@ def test_a_name_that_is_no_model_is_refused_by_name(tmp_path: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+def folder(model: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The tiny model with a tokenizer of a few words, as a user's folder."""
     backend = pytest.importorskip("tokenizers")
     words = backend.Tokenizer(backend.models.WordLevel({"the": 0, "?": 1, "of": 2}, unk_token="?"))
     words.pre_tokenizer = backend.pre_tokenizers.Whitespace()
     path = str(tmp_path_factory.mktemp("tiny"))
-    tiny.save_pretrained(path)
+    model.save_pretrained(path)
     transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(path)
     return path
 

@@ -13,24 +13,9 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from transformers import AutoModelForCausalLM  # noqa: E402
-from transformers.models.llama import LlamaConfig  # noqa: E402
+import tiny  # noqa: E402
 
 from nqkv_rs import LayerCache, NqkvCache  # noqa: E402
-
-
-def tiny() -> Any:
-    torch.manual_seed(5)
-    config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        eos_token_id=None,
-    )
-    return AutoModelForCausalLM.from_config(config).eval()
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [("float16", 4.6), ("float32", 4.75)])
@@ -45,7 +30,7 @@ def test_effective_bits_at_8k_tokens(dtype: str, bits: float) -> None:
 @pytest.mark.parametrize("scheme", ["nqkv4", "nqkv"])
 @pytest.mark.parametrize("half", ["keys", "values"])
 def test_zeroing_codes_in_place_changes_the_logits(scheme: str, half: str) -> None:
-    model = tiny()
+    model = tiny.model("llama", dtype=torch.float32)
     ids = torch.randint(0, 97, (1, 221), generator=torch.Generator().manual_seed(1))
 
     def last(spoil: bool) -> Any:

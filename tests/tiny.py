@@ -6,16 +6,20 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.models.gemma3 import Gemma3TextConfig
 from transformers.models.gpt_neox import GPTNeoXConfig
 from transformers.models.llama import LlamaConfig
+from transformers.models.mistral import MistralConfig
 from transformers.models.opt import OPTConfig
 from transformers.models.phi import PhiConfig
 from transformers.models.qwen2 import Qwen2Config
 from transformers.models.qwen3 import Qwen3Config
 
 from nqkv_rs import LayerCache, Scheme
+
+# A short window and one sink, so that short texts reach pages.
+SHORT = Scheme.of("nqkv4", residual_length=8, sink_tokens=1)
 
 COMMON: dict[str, Any] = {
     "vocab_size": 97,
@@ -37,11 +41,15 @@ CONFIGS: dict[str, Any] = {
     ),
     "neox": lambda: GPTNeoXConfig(**COMMON),
     "phi": lambda: PhiConfig(**COMMON, **GQA),
+    # Every layer slides, over less than the tests' prompts and more than a page.
+    "mistral": lambda: MistralConfig(**COMMON, **GQA, sliding_window=80),
     "gemma3": lambda: Gemma3TextConfig(
-        **COMMON,
-        **GQA,
-        head_dim=32,
+        **{**COMMON, "num_attention_heads": 2},
+        num_key_value_heads=1,
+        head_dim=256,
         sliding_window=16,
+        # Tied, the wide embedding would drown what attention says: one token for ever.
+        tie_word_embeddings=False,
         layer_types=["sliding_attention", "full_attention"],
     ),
 }
@@ -96,18 +104,50 @@ class TwinLayer(DynamicLayer):
         if self.cache is not None:
             self.cache.core.select([int(i) for i in beam_idx])
 
+    def batch_select_indices(self, indices: Any) -> None:
+        self.reorder_cache(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.cache is not None:
+            self.reorder_cache(torch.arange(self.cache.core.batch).repeat_interleave(repeats))
+
     def crop(self, tokens_to_remove: int) -> None:
         if self.cache is not None:
-            self.cache.core.remove_newest(-tokens_to_remove)
+            # Up to transformers 5.15 a positive number is what to keep.
+            more = self.get_seq_length() if tokens_to_remove > 0 else 0
+            self.cache.core.remove_newest(more - tokens_to_remove)
 
 
 def twin(config: Any, scheme: str | Scheme, prefill: str = "exact") -> DynamicCache:
-    """A cache whose full-attention layers are twins."""
+    """A cache whose full-attention layers are twins; all layers, where all of them slide."""
     cache = DynamicCache(config=config)
     if not cache.layers:
         cache.layers = [DynamicLayer() for _ in range(config.num_hidden_layers)]
+    slides = all(type(layer) is DynamicSlidingWindowLayer for layer in cache.layers)
     for i, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer:
+        if slides or type(layer) is DynamicLayer:
             cache.layers[i] = TwinLayer(Scheme.of(scheme), prefill)
     cache.layer_class_to_replicate = None
     return cache
+
+
+def prompt(batch: int, length: int, padded: bool = False) -> dict[str, torch.Tensor]:
+    """The same random ids every time; with ``padded``, sequence ``b`` has 9 b of padding."""
+    g = torch.Generator().manual_seed(3)
+    ids = torch.randint(2, 97, (batch, length), generator=g)
+    mask = torch.ones_like(ids)
+    if padded:
+        for b in range(batch):
+            mask[b, : 9 * b] = 0
+        ids = ids * mask
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def tokens(made: Any, cache: Any, inputs: dict[str, torch.Tensor], **options: Any) -> Any:
+    """What a model generates: the prompt and, unless said otherwise, 40 tokens more.
+
+    After a prompt of 110 these cross a seal point of ``SHORT``.
+    """
+    # The padding's id would be taken for padding where a mask is derived from ids.
+    given = {"max_new_tokens": 40, "suppress_tokens": [0], **options}
+    return made.generate(**inputs, past_key_values=cache, **given)

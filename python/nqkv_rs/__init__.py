@@ -14,6 +14,7 @@ from nqkv_rs.flat import Quantized, codebook, dequantize, quantize
 from nqkv_rs.scheme import Scheme, Side, presets
 
 if TYPE_CHECKING:
+    from nqkv_rs.integrations.enable import disable, enable
     from nqkv_rs.integrations.transformers import NqkvCache
 
 __all__ = [
@@ -28,6 +29,8 @@ __all__ = [
     "codebook",
     "cuda_is_available",
     "dequantize",
+    "disable",
+    "enable",
     "presets",
     "quantize",
 ]
@@ -38,13 +41,21 @@ def cuda_is_available() -> bool:
     return False
 
 
+# What needs torch and transformers, and the module that has it.
+_LAZY = {
+    "NqkvCache": "nqkv_rs.integrations.transformers",
+    "disable": "nqkv_rs.integrations.enable",
+    "enable": "nqkv_rs.integrations.enable",
+}
+
+
 def __getattr__(name: str) -> Any:
-    if name == "NqkvCache":
+    if name in _LAZY:
+        from importlib import import_module
+
         from nqkv_rs._extras import require
 
         require("torch", "transformers")
         require("transformers", "transformers")
-        from nqkv_rs.integrations.transformers import NqkvCache
-
-        return NqkvCache
+        return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

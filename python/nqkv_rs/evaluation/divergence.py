@@ -144,29 +144,16 @@ def windows(tokenizer: Any, text: str, *, window: int = 2048, count: int = 2) ->
     return torch.tensor([head + ids[i * take : (i + 1) * take] for i in range(count)])
 
 
-def divergence(
-    model: Any,
-    make_cache: MakeCache,
-    ids: torch.Tensor,
-    *,
-    window: int = 2048,
-    chunk: int = 32,
-    skip: int = 512,
-    scored: int = 3000,
-    progress: Progress | None = None,
-) -> Result:
-    """Measure one cache; :func:`divergences` with a single entry, see there."""
-    results = divergences(
-        model,
-        {"packed": make_cache},
-        ids,
-        window=window,
-        chunk=chunk,
-        skip=skip,
-        scored=scored,
-        progress=progress,
-    )
-    return results["packed"]
+def divergence(model: Any, make_cache: MakeCache, ids: torch.Tensor, **protocol: Any) -> Result:
+    """:func:`divergences` of one cache.
+
+    Args:
+        model: as there.
+        make_cache: makes a new cache.
+        ids: as there.
+        **protocol: as there.
+    """
+    return divergences(model, {"packed": make_cache}, ids, **protocol)["packed"]
 
 
 def divergences(

@@ -1,8 +1,8 @@
-"""One full-attention layer of a transformers cache, stored in pages."""
+"""One attention layer of a transformers cache, stored in pages."""
 
 from __future__ import annotations
 
-import warnings
+import copy
 from typing import Any
 
 import torch
@@ -10,81 +10,10 @@ from transformers.cache_utils import CacheLayerMixin
 
 from nqkv_rs.cache import LayerCache
 from nqkv_rs.integrations.packed import PackedKV
+from nqkv_rs.integrations.shared import Shared
 from nqkv_rs.scheme import Scheme
 
-__all__ = ["NqkvLayer", "Shared"]
-
-_COUNTERS = (
-    "packed_decode",
-    "packed_chunk",
-    "exact_prefill",
-    "dequantized",
-    "attended_positions",
-    "packed_positions",
-)
-
-
-class Shared:
-    """What the layers of one cache share: settings, counters, the mask of the current step.
-
-    Args:
-        prefill: ``"exact"`` or ``"quantized"``.
-        strict: raise where a slow path would be taken.
-    """
-
-    def __init__(self, prefill: str, strict: bool) -> None:
-        self.prefill = prefill
-        self.strict = strict
-        self.counters = dict.fromkeys(_COUNTERS, 0)
-        self.warned = False
-        self._mask: torch.Tensor | None = None
-        self._key: tuple[int, int, int] | None = None
-        self._starts: list[int] | None = None
-
-    def left_padding(self, mask: torch.Tensor, queries: int, tokens: int) -> list[int] | None:
-        """First attended position of each sequence; None unless the mask is causal, left-padded.
-
-        All layers of a step pass the same mask, so it is judged once.
-
-        Args:
-            mask: a boolean keep-mask, ``[batch or 1, 1, queries, tokens]``.
-            queries: new tokens.
-            tokens: tokens in the cache, the new ones included.
-        """
-        # Tensors of inference mode do not count their versions.
-        key = (0 if mask.is_inference() else mask._version, queries, tokens)
-        if mask is self._mask and key == self._key:
-            return self._starts
-        self._mask, self._key, self._starts = mask, key, None
-        if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1] != 1:
-            return None
-        if mask.shape[2] != queries or mask.shape[3] != tokens:
-            return None
-        keep = mask[:, 0]
-        starts = tokens - keep[:, -1].sum(-1)
-        position = torch.arange(tokens, device=mask.device)
-        causal = position <= torch.arange(tokens - queries, tokens, device=mask.device)[:, None]
-        if bool((keep == (causal & (position >= starts[:, None, None]))).all()):
-            self._starts = [int(s) for s in starts]
-        return self._starts
-
-    def slow_path(self, reason: str) -> None:
-        """Count a dequantization, and warn once (or raise, if strict).
-
-        Args:
-            reason: which operation wanted dense numbers.
-        """
-        text = (
-            f"{reason} wants dense keys or values, so this layer's whole cache is dequantized for "
-            "the call. Expected attention through sdpa, or set_attn_implementation('nqkv'), "
-            "with a causal or left-padded mask"
-        )
-        if self.strict:
-            raise RuntimeError(f"strict=True: {text}")
-        self.counters["dequantized"] += 1
-        if not self.warned:
-            self.warned = True
-            warnings.warn(f"nqkv_rs: {text}", stacklevel=4)
+__all__ = ["NqkvLayer"]
 
 
 class NqkvLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -93,6 +22,8 @@ class NqkvLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     Args:
         scheme: the recipe.
         shared: what all layers share.
+        window: positions that a query attends at most, its own included; None for all. Tokens
+            outside the window stay in the cache.
 
     Attributes:
         pool: uint8 tensors ``[rows, kv_heads, page_bytes]`` that hold the pages.
@@ -102,10 +33,11 @@ class NqkvLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     is_croppable = True
     is_compileable = False
 
-    def __init__(self, scheme: Scheme, shared: Shared) -> None:
+    def __init__(self, scheme: Scheme, shared: Shared, window: int | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.scheme = scheme
         self.shared = shared
+        self.window = window
         self.cache: LayerCache | None = None
         self.kv_heads = 0
 
@@ -117,7 +49,7 @@ class NqkvLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     @property
     def keys(self) -> torch.Tensor | None:
         """Dequantized keys ``[batch, kv_heads, tokens, key_dim]``, made anew at each access."""
-        return None if self.cache is None else self._read()[0]
+        return None if self.cache is None else self.read()[0]
 
     @keys.setter
     def keys(self, value: torch.Tensor | None) -> None:
@@ -127,7 +59,7 @@ class NqkvLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     @property
     def values(self) -> torch.Tensor | None:
         """Dequantized values ``[batch, kv_heads, tokens, value_dim]``, made anew at each access."""
-        return None if self.cache is None else self._read()[1]
+        return None if self.cache is None else self.read()[1]
 
     @values.setter
     def values(self, value: torch.Tensor | None) -> None:
@@ -178,19 +110,33 @@ class NqkvLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             cache with ``prefill="exact"``, the keys and values as they came.
         """
         k, v = key_states.detach(), value_states.detach()
-        if self.cache is None:
-            self.lazy_initialization(k, v)
-        assert self.cache is not None
-        before, queries = self.cache.tokens(), k.shape[2]
-        self.cache.append(k, v)
+        before, queries = self.get_seq_length(), k.shape[2]
+        self.append(k, v)
         exact = self.shared.prefill == "exact" and queries > 1
         if exact and before == 0:
-            self.shared.counters["exact_prefill"] += 1
+            self.shared.count(exact_prefill=1)
             return key_states, value_states
         return (
             self._packed("k", k, queries, k if exact else None),
             self._packed("v", v, queries, v if exact else None),
         )
+
+    def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Append, whatever attention reads.
+
+        Args:
+            k: new keys, ``[batch, kv_heads, tokens, key_dim]``, after RoPE.
+            v: new values.
+        """
+        # An empty layer fits itself to what comes: after `reset`, another batch or dtype may.
+        if self.cache is None or (self.get_seq_length() == 0 and not self._fits(k)):
+            self.lazy_initialization(k, v)
+        assert self.cache is not None
+        self.cache.append(k, v)
+
+    def _fits(self, k: torch.Tensor) -> bool:
+        assert self.cache is not None
+        return k.shape[0] == self.cache.core.batch and k.dtype == self.dtype
 
     def _packed(
         self, which: str, x: torch.Tensor, queries: int, fresh: torch.Tensor | None
@@ -233,10 +179,8 @@ class NqkvLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         attended, packed = self.cache.attend_into(
             query, out, scale, starts=starts, fresh=fresh, window=window, soft_cap=soft_cap
         )
-        counters = self.shared.counters
-        counters["packed_decode" if queries == 1 else "packed_chunk"] += 1
-        counters["attended_positions"] += attended
-        counters["packed_positions"] += packed
+        call = "packed_decode" if queries == 1 else "packed_chunk"
+        self.shared.count(**{call: 1, "attended_positions": attended, "packed_positions": packed})
         return out
 
     def dense(self, which: str, reason: str) -> torch.Tensor:
@@ -247,9 +191,10 @@ class NqkvLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             reason: the operation; goes into the warning.
         """
         self.shared.slow_path(reason)
-        return self._read()[0 if which == "k" else 1]
+        return self.read()[0 if which == "k" else 1]
 
-    def _read(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Dequantized keys and values, ``[batch, kv_heads, tokens, dim]``, in the model's dtype."""
         assert self.cache is not None
         core, tokens = self.cache.core, self.get_seq_length()
         k = torch.empty((core.batch, self.kv_heads, tokens, self.cache.key_dim), dtype=self.dtype)
@@ -309,12 +254,16 @@ class NqkvLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self.cache.core.select([i for i in range(batch) for _ in range(repeats)])
 
     def offload(self) -> None:
-        """Refused: a packed layer stays where its model is."""
-        raise NotImplementedError("NqkvCache: offloading is not in this version")
+        """Nothing to move: pages lie in host memory already, where offloading would put them."""
 
     def prefetch(self) -> None:
-        """Refused, like :meth:`offload`."""
-        raise NotImplementedError("NqkvCache: offloading is not in this version")
+        """Nothing to move back; see :meth:`offload`."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NqkvLayer:
-        raise NotImplementedError("NqkvCache: copying a cache is not in this version")
+        """A layer with the same tokens. Pages are shared; each goes on in pages of its own."""
+        other = NqkvLayer(self.scheme, copy.deepcopy(self.shared, memo), self.window)
+        if self.cache is not None:
+            other.cache = self.cache.fork()
+            other.kv_heads, other.dtype, other.device = self.kv_heads, self.dtype, self.device
+            other.is_initialized = True
+        return other

@@ -52,6 +52,8 @@ class PackedKV(torch.Tensor):
     fresh: torch.Tensor | None
     repeats: int
     unfolded: bool
+    # The shape once more: asking the tensor itself would come back to `__torch_function__`.
+    shown: tuple[int, ...]
 
     @staticmethod
     def make(
@@ -76,18 +78,18 @@ class PackedKV(torch.Tensor):
             repeats: how often ``repeat_kv`` repeats each head.
             unfolded: whether the repeats stand in an axis of their own (inside ``repeat_kv``).
         """
+        shown = tuple(shape)
         self: PackedKV = torch.Tensor._make_wrapper_subclass(
-            PackedKV, tuple(shape), dtype=like.dtype, device=like.device, requires_grad=False
+            PackedKV, shown, dtype=like.dtype, device=like.device, requires_grad=False
         )
         self.layer, self.which, self.queries, self.fresh = layer, which, queries, fresh
-        self.repeats, self.unfolded = repeats, unfolded
+        self.repeats, self.unfolded, self.shown = repeats, unfolded, shown
         return self
 
     def _like(self, shape: Sequence[int], repeats: int, unfolded: bool) -> PackedKV:
-        with torch._C.DisableTorchFunctionSubclass():
-            return PackedKV.make(
-                self.layer, self.which, shape, self, self.queries, self.fresh, repeats, unfolded
-            )
+        return PackedKV.make(
+            self.layer, self.which, shape, self, self.queries, self.fresh, repeats, unfolded
+        )
 
     def dense(self, reason: str) -> torch.Tensor:
         """The dequantized numbers, in the shape shown.
@@ -98,11 +100,9 @@ class PackedKV(torch.Tensor):
         x = self.layer.dense(self.which, reason)
         if self.fresh is not None:
             x[:, :, x.shape[2] - self.queries :] = self.fresh
-        with torch._C.DisableTorchFunctionSubclass():
-            shape = tuple(self.shape)
         if self.repeats > 1 or self.unfolded:
             b, h, t, d = x.shape
-            x = x[:, :, None].expand(b, h, self.repeats, t, d).reshape(shape)
+            x = x[:, :, None].expand(b, h, self.repeats, t, d).reshape(self.shown)
         return x
 
     @classmethod
@@ -140,13 +140,11 @@ class PackedKV(torch.Tensor):
         """What reaches the dispatcher past ``__torch_function__`` gets dequantized numbers."""
         if "detach" in str(func) and isinstance(args[0], PackedKV):
             self = args[0]
-            with torch._C.DisableTorchFunctionSubclass():
-                return self._like(tuple(self.shape), self.repeats, self.unfolded)
+            return self._like(self.shown, self.repeats, self.unfolded)
         return func(*_dequantize(args, str(func)), **_dequantize(dict(kwargs or {}), str(func)))
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        with torch._C.DisableTorchFunctionSubclass():
-            return f"PackedKV({self.which}, shape={tuple(self.shape)}, dtype={self.dtype})"
+        return f"PackedKV({self.which}, shape={self.shown}, dtype={self.dtype})"
 
 
 def _dequantize(x: Any, reason: str) -> Any:
@@ -164,8 +162,7 @@ def _repeat_kv(func: Callable[..., Any], args: tuple[Any, ...]) -> PackedKV | No
     x = args[0] if args else None
     if not isinstance(x, PackedKV):
         return None
-    with torch._C.DisableTorchFunctionSubclass():
-        shape = tuple(x.shape)
+    shape = x.shown
     if func is torch.Tensor.__getitem__:
         if args[1] == (_ALL, _ALL, None, _ALL, _ALL) and len(shape) == 4 and x.repeats == 1:
             b, h, t, d = shape
@@ -208,15 +205,20 @@ def _attention(
         flat = query
     else:
         return None
+    tokens, window = layer.get_seq_length(), layer.window
     starts: list[int] | None = None
     if attn_mask is not None:
-        known = layer.shared.left_padding(attn_mask, new, layer.get_seq_length())
-        if known is None:
+        starts = layer.shared.left_padding(attn_mask, new, tokens, window)
+        if starts is None:
             return None
-        starts = known
-    elif new > 1 and not (is_causal and layer.get_seq_length() == new):
+    elif new > 1 and not (is_causal and tokens == new):
         return None
-    out: torch.Tensor = layer.attend(flat, scale, key.fresh, value.fresh, starts=starts)
+    elif window is not None and tokens > window:
+        # Whoever dropped the mask did not mean a window.
+        return None
+    out: torch.Tensor = layer.attend(
+        flat, scale, key.fresh, value.fresh, starts=starts, window=window
+    )
     if flat is not query:
         return out.reshape(b, heads, rows, -1)
     return out.transpose(1, 2)

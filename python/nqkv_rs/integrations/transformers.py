@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -11,12 +12,14 @@ from transformers.cache_utils import (
     Cache,
     DynamicCache,
     DynamicLayer,
+    DynamicSlidingWindowLayer,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from nqkv_rs.integrations.layer import NqkvLayer, Shared
+from nqkv_rs.integrations.layer import NqkvLayer
 from nqkv_rs.integrations.packed import PackedKV
+from nqkv_rs.integrations.shared import Shared
 from nqkv_rs.scheme import Scheme
 
 __all__ = ["NqkvCache", "nqkv_attention_forward"]
@@ -26,8 +29,12 @@ class NqkvCache(Cache):
     """A KV cache in 4-bit pages for a decoder model of transformers 5, read without being unpacked.
 
     Pass it as ``past_key_values``. Under the default ``sdpa`` attention every decode step and every
-    chunk reads packed pages; there is nothing else to switch on. Layers that are not full
-    attention (sliding windows, linear attention) keep the library's own classes.
+    chunk reads packed pages; there is nothing else to switch on. In a hybrid model, layers that are
+    not full attention (sliding windows, linear attention) keep the library's own classes. In a
+    model whose layers all slide they are packed, and keep the tokens outside the window, too.
+
+    ``copy.deepcopy`` gives a cache with the same tokens that shares their pages: encode a prefix
+    once, and continue it as often as you like.
 
     Args:
         config: the model's config.
@@ -61,38 +68,106 @@ class NqkvCache(Cache):
         skip_layers: Sequence[int] | None = None,
         strict: bool = False,
     ) -> None:
-        if prefill not in ("exact", "quantized"):
-            raise ValueError(f"prefill: expected 'exact' or 'quantized', got {prefill!r}")
-        self.scheme = Scheme.of(
+        recipe = Scheme.of(
             scheme,
             nbits=nbits,
             residual_length=residual_length,
             sink_tokens=sink_tokens,
             skip_layers=skip_layers,
         )
-        _refuse(config)
-        text = config.get_text_config(decoder=True)
+        self._pack(_library_layers(config), recipe, prefill, strict)
+
+    def _pack(self, layers: list[Any], scheme: Scheme, prefill: str, strict: bool) -> None:
+        """Put packed layers in the place of the library's attention layers."""
+        if prefill not in ("exact", "quantized"):
+            raise ValueError(f"prefill: expected 'exact' or 'quantized', got {prefill!r}")
+        self.scheme = scheme
         self._shared = Shared(prefill, strict)
-        # The library's own classes, by its own rules; full attention is then replaced.
-        layers = list(DynamicCache(config=text).layers)
-        count = text.num_hidden_layers
-        if len(layers) != count:
-            layers = [DynamicLayer() for _ in range(count)]  # type: ignore[no-untyped-call]
-        skipped = set()
-        for i in self.scheme.skip_layers:
+        count = len(layers)
+        for i in scheme.skip_layers:
             if not -count <= i < count:
                 raise ValueError(f"skip_layers: expected {-count} to {count - 1}, got {i}")
-            skipped.add(i % count)
-        packed = [i for i, x in enumerate(layers) if type(x) is DynamicLayer and i not in skipped]
-        if not packed:
-            kinds = sorted({type(x).__name__ for x in layers})
+        skipped = {i % count for i in scheme.skip_layers}
+        kinds = {type(x) for x in layers}
+        # All layers of a kind share one mask, so all of them show their tokens alike: where
+        # sliding layers are packed, a skipped one keeps what is outside its window, too.
+        slides = kinds == {DynamicSlidingWindowLayer}
+        kind = DynamicSlidingWindowLayer if slides else DynamicLayer
+        mine = [i for i, x in enumerate(layers) if type(x) is kind]
+        if not set(mine) - skipped:
             raise NotImplementedError(
                 "NqkvCache: expected at least one full-attention layer to pack, got "
-                f"{count} layers of {', '.join(kinds)}"
+                f"{count} layers of {', '.join(sorted(x.__name__ for x in kinds))}"
+                + (f", of which {len(skipped)} are skipped" if skipped else "")
             )
-        for i in packed:
-            layers[i] = NqkvLayer(self.scheme, self._shared)
+        for i in mine:
+            window = getattr(layers[i], "sliding_window", None)
+            if i in skipped:
+                layers[i] = _growing()
+            else:
+                layers[i] = NqkvLayer(scheme, self._shared, window)
         super().__init__(layers=layers)
+
+    @classmethod
+    def from_cache(
+        cls,
+        cache: Cache,
+        scheme: str | Scheme | Mapping[str, Any] = "nqkv4",
+        *,
+        config: Any = None,
+        prefill: Literal["exact", "quantized"] = "exact",
+        strict: bool = False,
+        **words: Any,
+    ) -> NqkvCache:
+        """Pack what a dense cache holds, layer by layer; the dense cache stays as it is.
+
+        Args:
+            cache: a ``DynamicCache``.
+            scheme: as for the constructor.
+            config: the model's config. If None, the kinds of layers are those of ``cache``; pass it
+                where that was made without one and the model has sliding-window layers.
+            prefill: as for the constructor.
+            strict: as for the constructor.
+            **words: ``nbits``, ``residual_length``, ``sink_tokens``, ``skip_layers``.
+
+        Returns:
+            A cache with the same tokens: the one that prefilling them would have made.
+
+        Raises:
+            TypeError: another kind of cache.
+            ValueError: ``cache`` is of another model, or has dropped tokens that are to be packed.
+        """
+        if not isinstance(cache, DynamicCache):
+            raise TypeError(f"cache: expected a DynamicCache, got {type(cache).__name__}")
+        layers = list(cache.layers) if config is None else _library_layers(config)
+        if len(layers) != len(cache.layers) or not layers:
+            wanted = "at least 1" if config is None else f"{len(layers)} (config's)"
+            raise ValueError(f"cache: expected {wanted} layers, got {len(cache.layers)}")
+        made = cls.__new__(cls)
+        made._pack(layers, Scheme.of(scheme, **words), prefill, strict)
+        for i, dense in enumerate(cache.layers):
+            made.layers[i] = _filled(i, made.layers[i], dense)
+        return made
+
+    def to_dense(self) -> DynamicCache:
+        """A ``DynamicCache`` of the dequantized keys and values, a copy in every layer."""
+        dense = DynamicCache()
+        # It would add layers as they come; here they are.
+        dense.layer_class_to_replicate = None
+        dense.layers = [_dense(layer) for layer in self.layers]
+        return dense
+
+    def __iter__(self) -> Iterator[tuple[Any, Any, Any]]:
+        """For each layer: keys, values (dequantized, made anew), and its window, a tensor or None.
+
+        This is what ``DynamicCache`` gives to those who gather or export a cache.
+        """
+        for layer in self.layers:
+            yield (
+                getattr(layer, "keys", None),
+                getattr(layer, "values", None),
+                getattr(layer, "_sliding_window_tensor", None),
+            )
 
     def stats(self) -> dict[str, int]:
         """Calls of attention by path since the cache was made.
@@ -103,7 +178,7 @@ class NqkvCache(Cache):
             ``attended_positions`` and ``packed_positions`` (those read from pages), summed over
             layers, sequences and queries.
         """
-        return dict(self._shared.counters)
+        return self._shared.counters()
 
     def memory_usage(self) -> dict[str, float]:
         """Bytes really allocated for keys and values.
@@ -137,6 +212,49 @@ class NqkvCache(Cache):
             "ratio": 2 * elements / total if total else 0.0,
             "effective_bits": 8 * total / elements if elements else 0.0,
         }
+
+
+def _growing() -> Any:
+    return DynamicLayer()  # type: ignore[no-untyped-call]
+
+
+def _library_layers(config: Any) -> list[Any]:
+    """The library's own empty layers, by its own rules."""
+    _refuse(config)
+    text = config.get_text_config(decoder=True)
+    layers = list(DynamicCache(config=text).layers)
+    if len(layers) != text.num_hidden_layers:
+        layers = [_growing() for _ in range(text.num_hidden_layers)]
+    return layers
+
+
+def _filled(i: int, layer: Any, dense: Any) -> Any:
+    """``layer`` with the tokens of ``dense``; a copy of ``dense`` if it is of the same class."""
+    if layer is dense or type(layer) is type(dense):
+        return copy.deepcopy(dense)
+    if not isinstance(getattr(dense, "keys", None), torch.Tensor) or dense.get_seq_length() == 0:
+        return layer
+    held, seen = dense.keys.shape[2], dense.get_seq_length()
+    if held != seen:
+        raise ValueError(
+            f"cache: expected all tokens of layer {i}, got the last {held} of {seen}: its window "
+            "has slid over the others"
+        )
+    if isinstance(layer, NqkvLayer):
+        layer.append(dense.keys.detach(), dense.values.detach())
+    else:
+        layer.update(dense.keys, dense.values)
+    return layer
+
+
+def _dense(layer: Any) -> Any:
+    """``layer`` in the library's own class, with tensors of its own."""
+    if not isinstance(layer, NqkvLayer):
+        return copy.deepcopy(layer)
+    grown = _growing()
+    if layer.get_seq_length() > 0:
+        grown.update(*layer.read())
+    return grown
 
 
 def _refuse(config: Any) -> None:
@@ -194,7 +312,7 @@ def nqkv_attention_forward(
         plain = attention_mask is None and (new == 1 or new == tokens)
         starts = None
         if attention_mask is not None:
-            starts = layer.shared.left_padding(attention_mask, new, tokens)
+            starts = layer.shared.left_padding(attention_mask, new, tokens, sliding_window)
         if (plain or starts is not None) and query.shape[2] == new:
             out = layer.attend(
                 query,
