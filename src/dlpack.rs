@@ -31,13 +31,20 @@ pub struct DlDataType {
 #[repr(C)]
 #[derive(Debug)]
 pub struct DlTensor {
-    data: *mut c_void,
-    device: DlDevice,
-    ndim: i32,
-    dtype: DlDataType,
-    shape: *const i64,
-    strides: *const i64,
-    byte_offset: u64,
+    /// Start of the memory.
+    pub data: *mut c_void,
+    /// Where the memory is.
+    pub device: DlDevice,
+    /// Dimensions.
+    pub ndim: i32,
+    /// Element type.
+    pub dtype: DlDataType,
+    /// `ndim` extents.
+    pub shape: *const i64,
+    /// `ndim` strides in elements; NULL: row-major without gaps.
+    pub strides: *const i64,
+    /// First element, in bytes from `data`.
+    pub byte_offset: u64,
 }
 
 /// `DLManagedTensor`, before DLPack 1.0.

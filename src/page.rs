@@ -68,6 +68,14 @@ pub enum Side {
 }
 
 impl Side {
+    /// `key` or `value`, for messages.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Key => "key",
+            Self::Value => "value",
+        }
+    }
+
     #[inline]
     fn slot(self, n: usize, c: usize) -> usize {
         match self {
@@ -141,13 +149,19 @@ pub struct SideLayout {
     pub bytes: usize,
 }
 
+/// Refuses head sizes that pages do not have.
+pub fn check_head_dim(side: Side, dim: usize) -> Result<()> {
+    if dim == 0 || dim > MAX_HEAD_DIM {
+        return Err(Error::value(format!("{} head size", side.name()), format!("1 to {MAX_HEAD_DIM}"), dim));
+    }
+    Ok(())
+}
+
 impl SideLayout {
     /// Lays out one half. `widths` has one entry per slab of 16 stored channels, widest first.
     pub fn new(side: Side, dim: usize, widths: &[u8], axis: FieldAxis, fields: usize, field_size: usize) -> Result<Self> {
-        let what = if side == Side::Key { "key" } else { "value" };
-        if dim == 0 || dim > MAX_HEAD_DIM {
-            return Err(Error::value(format!("{what} head size"), format!("1 to {MAX_HEAD_DIM}"), dim));
-        }
+        check_head_dim(side, dim)?;
+        let what = side.name();
         let stored = dim.next_multiple_of(SLAB_CHANNELS);
         if widths.len() != stored / SLAB_CHANNELS {
             let expected = format!("{} (one per 16 channels of head size {dim})", stored / SLAB_CHANNELS);

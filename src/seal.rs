@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::codebook::Codebook;
 use crate::codec::{Fields, ScaleDtype, ScaleKind, block_fields, encode};
 use crate::error::{Error, Result};
-use crate::page::{FieldAxis, PAGE_TOKENS, PageLayout, SLAB_CHANNELS, Side, SideLayout};
+use crate::page::{FieldAxis, PAGE_TOKENS, PageLayout, SLAB_CHANNELS, Side, SideLayout, check_head_dim};
 use crate::scheme::{Axis, Scheme, SideSpec, Span};
 
 /// Codec of one half of a page, for all heads.
@@ -31,7 +31,8 @@ pub struct SideCodec {
 
 impl SideCodec {
     fn new(side: Side, spec: &SideSpec, heads: usize, dim: usize) -> Result<Self> {
-        let what = if side == Side::Key { "key" } else { "value" };
+        let what = side.name();
+        check_head_dim(side, dim)?;
         let book = spec.codebook.build()?.to_fp16()?;
         let stored = dim.next_multiple_of(SLAB_CHANNELS);
         let widths = spec.widths.clone().unwrap_or_else(|| vec![book.bits(); stored / SLAB_CHANNELS]);
