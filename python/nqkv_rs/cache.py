@@ -325,7 +325,25 @@ class LayerCache:
             core = saved.layer(layer, pages(mapped, saved, layer))
         except ValueError as error:
             raise ValueError(f"{os.fspath(path)}: {error}") from None
-        header = json.loads(saved.header)
+        return cls.of_saved(core, json.loads(saved.header), layer, allocate=allocate)
+
+    @classmethod
+    def of_saved(
+        cls,
+        core: _core.LayerCache,
+        header: Mapping[str, Any],
+        layer: int,
+        *,
+        allocate: Allocate | None = None,
+    ) -> LayerCache:
+        """A restored core as what :meth:`load` returns: for integrations.
+
+        Args:
+            core: what ``_core.SavedCache.layer`` made.
+            header: the file's header.
+            layer: the layer's index.
+            allocate: as for the constructor.
+        """
         of = header["layers"][layer]
         cache = cls.__new__(cls)
         cache.scheme = Scheme.of(header["schemes"][of["scheme"]])

@@ -90,8 +90,29 @@ class NqkvLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             value_dim=value_states.shape[-1],
             batch=batch,
             exact_dtype=str(key_states.dtype).removeprefix("torch."),
-            allocate=lambda n, heads, size: torch.empty((n, heads, size), dtype=torch.uint8),
+            allocate=self.allocate,
         )
+        self.is_initialized = True
+
+    @staticmethod
+    def allocate(rows: int, kv_heads: int, page_bytes: int) -> torch.Tensor:
+        """Memory for pages.
+
+        Args:
+            rows: pool rows.
+            kv_heads: KV heads.
+            page_bytes: bytes of a page.
+        """
+        return torch.empty((rows, kv_heads, page_bytes), dtype=torch.uint8)
+
+    def adopt(self, cache: LayerCache) -> None:
+        """Hold what ``cache`` holds.
+
+        Args:
+            cache: a cache of this layer's scheme.
+        """
+        self.cache, self.kv_heads = cache, cache.core.kv_heads
+        self.dtype, self.device = getattr(torch, cache.core.exact_dtype), torch.device("cpu")
         self.is_initialized = True
 
     def update(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from transformers.cache_utils import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from nqkv_rs.integrations import saved
 from nqkv_rs.integrations.layer import NqkvLayer
 from nqkv_rs.integrations.packed import PackedKV
 from nqkv_rs.integrations.shared import Shared
@@ -76,6 +78,7 @@ class NqkvCache(Cache):
             skip_layers=skip_layers,
         )
         self._pack(_library_layers(config), recipe, prefill, strict)
+        self._model: dict[str, Any] | None = saved.describe(config)
 
     def _pack(self, layers: list[Any], scheme: Scheme, prefill: str, strict: bool) -> None:
         """Put packed layers in the place of the library's attention layers."""
@@ -147,6 +150,59 @@ class NqkvCache(Cache):
         made._pack(layers, Scheme.of(scheme, **words), prefill, strict)
         for i, dense in enumerate(cache.layers):
             made.layers[i] = _filled(i, made.layers[i], dense)
+        made._model = None if config is None else saved.describe(config)
+        return made
+
+    def save(self, path: str | os.PathLike[str]) -> int:
+        """Write the cache as one safetensors file that :meth:`load` maps; complete or not at all.
+
+        Args:
+            path: where to; a file there is replaced.
+
+        Returns:
+            Bytes written.
+
+        Raises:
+            ValueError: an empty cache.
+            NotImplementedError: layers that are not attention (linear attention).
+            OSError: the file cannot be written.
+        """
+        return saved.save(path, self._model, self.layers)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        config: Any,
+        *,
+        prefill: Literal["exact", "quantized"] = "exact",
+        strict: bool = False,
+    ) -> NqkvCache:
+        """A saved cache over the mapped file: pages are not read into memory of their own.
+
+        One file serves any number of runs: what is appended stands in new memory, and the file
+        never changes. Do not shorten it while a cache lives.
+
+        Args:
+            path: what :meth:`save` wrote.
+            config: the config of the model that continues it.
+            prefill: as for the constructor.
+            strict: as for the constructor; refuses a file that names another model of the same
+                shape, too, instead of warning.
+
+        Raises:
+            ValueError: a truncated, damaged, foreign or newer file, or a cache of another model;
+                each has its own message.
+            OSError: no such file.
+        """
+        made = cls.__new__(cls)
+
+        def pack(layers: list[Any], scheme: Scheme) -> list[Any]:
+            made._pack(layers, scheme, prefill, strict)
+            return made.layers
+
+        saved.restore(path, config, _library_layers(config), pack, strict)
+        made._model = saved.describe(config)
         return made
 
     def to_dense(self) -> DynamicCache:
