@@ -24,10 +24,10 @@ SHELL       := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test build wheel sdist lint fmt docs bench clean rust python alone
+.PHONY: help demo test test-compat build wheel sdist lint fmt docs bench clean rust python alone
 
 help: ## list the targets
-	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 demo: $(VENV)/.with-demo ## set up, then generate with a real model through the packed cache (DEMO="--scheme nqkv ...")
 	$(BIN)/nqkv-rs demo $(DEMO)
@@ -90,6 +90,10 @@ alone: $(LOCAL)/.built ## the wheel alone runs quantize and doctor
 
 python: $(VENV)/.with-test ## pytest on the installed wheel, the real model included (PYTEST="-k page")
 	$(PY) -m pytest $(PYTEST)
+
+# The venvs lie in .venv/compat; torch and all else that is large is that of .venv.
+test-compat: $(VENV)/.with-test ## transformers tests on three releases, 5.5 to the newest; result into docs/compat.md
+	$(PY) tests/compat.py --write docs/compat.md
 
 # --- the rest -------------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from types import MethodType
 from typing import Any
@@ -83,6 +84,13 @@ def disable(model: Any) -> Any:
 
 def _generate(self: Any, *args: Any, **kwargs: Any) -> Any:
     options, previous = vars(self)[_MARK]
+    # Before 5.16 an assistant's generation config asks for "a dynamic cache that can go back":
+    # the library's word for its default there, and nobody's choice.
+    given = kwargs.get("generation_config")
+    if given is not None and getattr(given, "cache_implementation", None) == "dynamic_full":
+        given = copy.deepcopy(given)
+        given.cache_implementation = None
+        kwargs["generation_config"] = given
     if _wants_a_cache(self, args, kwargs):
         kwargs["past_key_values"] = NqkvCache(self.config, **options)
     if previous is not None:
