@@ -3,18 +3,22 @@
 
 use std::hint::black_box;
 use std::sync::Arc;
+use std::time::Duration;
 
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use nqkv_rs::cache::LayerCache;
 use nqkv_rs::codebook::Codebook;
 use nqkv_rs::codec::{ScaleDtype, ScaleKind};
-use nqkv_rs::flat::{FlatSpec, NibbleOrder, dequantize, quantize_into};
+use nqkv_rs::flat::{FlatSpec, NibbleOrder, dequantize_bytes, quantize_bytes};
 use nqkv_rs::scheme::Scheme;
 use nqkv_rs::seal::PageCodec;
 use nqkv_rs::tensor::{Dtype, View};
 
 const HEADS: usize = 8;
 const DIM: usize = 128;
+
+/// The presets that differ in how pages are written.
+const PRESETS: [&str; 5] = ["nqkv4", "nqkv", "nqkv4-signed", "kivi4", "kivi2"];
 
 /// Sums of four uniform numbers: near enough to normal.
 fn noise(n: usize, seed: u64) -> Vec<f32> {
@@ -34,6 +38,13 @@ fn view(x: &[f32], tokens: usize) -> View {
     unsafe { View::new(x.as_ptr().cast(), Dtype::F32, [1, HEADS, tokens, DIM], [HEADS as isize * t * d, t * d, d, 1]) }
 }
 
+/// `x` in a dtype, as bytes.
+fn stored(x: &[f32], dtype: Dtype) -> Vec<u8> {
+    let mut bytes = vec![0; x.len() * dtype.bytes()];
+    dtype.write_f32(&mut bytes, x);
+    bytes
+}
+
 fn flat(c: &mut Criterion) {
     let n = 1 << 22;
     let x = noise(n, 1);
@@ -41,28 +52,33 @@ fn flat(c: &mut Criterion) {
         ("nf4-bnb", ScaleKind::Absmax, ScaleDtype::Fp32, NibbleOrder::HighFirst),
         ("nf4", ScaleKind::Absmax, ScaleDtype::Fp16, NibbleOrder::LowFirst),
         ("l2signed4-64", ScaleKind::SignedAbsmax, ScaleDtype::Fp16, NibbleOrder::LowFirst),
+        ("lloyd4", ScaleKind::Rms, ScaleDtype::Fp16, NibbleOrder::LowFirst),
         ("uniform4", ScaleKind::Minmax, ScaleDtype::Fp16, NibbleOrder::LowFirst),
         ("nf3", ScaleKind::Absmax, ScaleDtype::Fp16, NibbleOrder::LowFirst),
+        ("uniform2", ScaleKind::Minmax, ScaleDtype::Fp16, NibbleOrder::LowFirst),
     ];
-    for (name, kind, scale_dtype, order) in specs {
-        let spec = FlatSpec { book: Codebook::parse(name).unwrap(), block: 64, kind, scale_dtype, order };
-        let (mut codes, mut fields) = (vec![0; spec.codes_len(n)], vec![0; spec.fields_len(n, n)]);
-        let mut out = vec![0f32; n];
-        let mut group = c.benchmark_group("flat");
+    for dtype in [Dtype::Bf16, Dtype::F32] {
+        let bytes = stored(&x, dtype);
+        let mut group = c.benchmark_group(format!("flat/{}", dtype.name()));
         group.throughput(Throughput::Elements(n as u64));
-        group.bench_function(BenchmarkId::new("quantize", name), |b| {
-            b.iter(|| quantize_into(black_box(&x), n, &spec, &mut codes, &mut fields).unwrap());
-        });
-        group.bench_function(BenchmarkId::new("dequantize", name), |b| {
-            b.iter(|| dequantize(&codes, &fields, n, n, &spec, black_box(&mut out)).unwrap());
-        });
+        for (name, kind, scale_dtype, order) in specs {
+            let spec = FlatSpec { book: Codebook::parse(name).unwrap(), block: 64, kind, scale_dtype, order };
+            let (mut codes, mut fields) = (vec![0; spec.codes_len(n)], vec![0; spec.fields_len(n, n)]);
+            let mut out = vec![0; bytes.len()];
+            group.bench_function(BenchmarkId::new("quantize", name), |b| {
+                b.iter(|| quantize_bytes(black_box(&bytes), dtype, n, &spec, &mut codes, &mut fields).unwrap());
+            });
+            group.bench_function(BenchmarkId::new("dequantize", name), |b| {
+                b.iter(|| dequantize_bytes(&codes, &fields, n, &spec, dtype, black_box(&mut out)).unwrap());
+            });
+        }
         group.finish();
     }
 }
 
 fn cache(c: &mut Criterion) {
     let (k, v) = (noise(HEADS * 1024 * DIM, 2), noise(HEADS * 1024 * DIM, 3));
-    for name in Scheme::presets() {
+    for name in PRESETS {
         let codec = Arc::new(PageCodec::new(&Scheme::preset(name).unwrap(), HEADS, DIM, DIM).unwrap());
         let mut row = vec![0u8; codec.row_bytes()];
         let token_major = noise(64 * HEADS * DIM, 4);
@@ -99,7 +115,7 @@ fn cache(c: &mut Criterion) {
 
 criterion_group! {
     name = benches;
-    config = Criterion::default().sample_size(20).warm_up_time(std::time::Duration::from_millis(300)).measurement_time(std::time::Duration::from_secs(1));
+    config = Criterion::default().sample_size(10).warm_up_time(Duration::from_millis(200)).measurement_time(Duration::from_millis(600));
     targets = flat, cache
 }
 criterion_main!(benches);

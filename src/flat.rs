@@ -15,12 +15,20 @@ use crate::codebook::Codebook;
 use crate::codec::{ScaleDtype, ScaleKind};
 use crate::error::{Error, Result};
 use crate::pack;
+use crate::tensor::Dtype;
 
-use piece::{Piece, Plan, simd_available};
+use piece::{Piece, Plan};
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod decode16;
+#[cfg(target_arch = "x86_64")]
+mod encode16;
+#[cfg(target_arch = "x86_64")]
+mod keys16;
 mod piece;
+mod sink;
 #[cfg(test)]
 mod tests;
 
@@ -77,12 +85,18 @@ impl FlatSpec {
         if n == 0 { 0 } else { n / row * row.div_ceil(self.block) * self.field_bytes() }
     }
 
+    /// Whether this is bitsandbytes' 4-bit format, whose own rules then hold.
+    pub(crate) fn follows_bitsandbytes(&self) -> bool {
+        self.book.levels() == Codebook::nf4_bitsandbytes().levels()
+            && (self.kind, self.scale_dtype, self.order) == (ScaleKind::Absmax, ScaleDtype::Fp32, NibbleOrder::HighFirst)
+    }
+
     fn field_bytes(&self) -> usize {
         self.kind.fields() * self.scale_dtype.bytes()
     }
 
     /// Errors unless this spec, and a tensor of `n` elements in rows of `row`, make sense.
-    fn check(&self, n: usize, row: usize) -> Result<()> {
+    pub(crate) fn check(&self, n: usize, row: usize) -> Result<()> {
         if !(16..=512).contains(&self.block) || !self.block.is_multiple_of(8) {
             return Err(Error::value("block", "a multiple of 8 from 16 to 512", self.block));
         }
@@ -116,26 +130,19 @@ fn piece_lengths(n: usize, row: usize, block: usize) -> Vec<(usize, usize)> {
     cut(n, rows * row, row).collect()
 }
 
-/// Errors on the first number that cannot be quantized: NaN, an infinity, or a magnitude whose sum over a block overflows.
-fn check_numbers(x: &[f32], kind: ScaleKind) -> Result<()> {
-    let limit = if kind == ScaleKind::MeanAbsmax { f32::MAX / 1024.0 } else { f32::MAX };
-    let fits = |v: &f32| v.abs() <= limit;
-    let simd = simd_available();
-    let bad = x.par_chunks(PIECE).position_first(|piece| {
-        #[cfg(target_arch = "x86_64")]
-        if simd {
-            // SAFETY: AVX2 is available.
-            return !unsafe { avx2::all_within(piece, limit) };
-        }
-        let _ = simd;
-        !piece.iter().fold(true, |all, v| all & fits(v))
-    });
-    let Some(piece) = bad else { return Ok(()) };
-    let index = x.iter().skip(piece * PIECE).position(|v| !fits(v)).unwrap_or_default() + piece * PIECE;
-    if x[index].is_finite() {
-        return Err(Error::value("x", format!("magnitudes up to {limit:e} around a mean"), format!("{:e} at {index}", x[index])));
-    }
-    Err(Error::NonFinite { what: "x".into(), index, got: x[index].to_string() })
+/// The error of the first number that cannot be quantized: NaN, an infinity, or a magnitude beyond the kind's limit.
+fn first_unfit(x: &[u8], dtype: Dtype, kind: ScaleKind) -> Option<Error> {
+    let (limit, mut wide) = (piece::limit(kind), vec![0f32; PIECE]);
+    x.chunks(PIECE * dtype.bytes()).enumerate().find_map(|(i, bytes)| {
+        let wide = &mut wide[..bytes.len() / dtype.bytes()];
+        dtype.read_f32(bytes, wide);
+        let at = wide.iter().position(|v| v.is_nan() || v.abs() > limit)?;
+        let (index, got) = (i * PIECE + at, wide[at]);
+        Some(match got.is_finite() {
+            true => Error::value("x", format!("magnitudes up to {limit:e} around a mean"), format!("{got:e} at {index}")),
+            false => Error::NonFinite { what: "x".into(), index, got: got.to_string() },
+        })
+    })
 }
 
 /// Quantizes `x`, rows of `row` elements. NaN and infinities are errors.
@@ -147,27 +154,47 @@ pub fn quantize(x: &[f32], row: usize, spec: &FlatSpec) -> Result<Quantized> {
     Ok(Quantized { codes, fields })
 }
 
-/// [`quantize`] into slices of [`FlatSpec::codes_len`] and [`FlatSpec::fields_len`] bytes. On an error nothing is written.
+/// [`quantize`] into slices of [`FlatSpec::codes_len`] and [`FlatSpec::fields_len`] bytes. On an error what they hold is
+/// unspecified: numbers are checked where they are read, once.
 pub fn quantize_into(x: &[f32], row: usize, spec: &FlatSpec, codes: &mut [u8], fields: &mut [u8]) -> Result<()> {
-    quantize_with(x, row, spec, codes, fields, true)
+    // SAFETY: any fp32 is four bytes.
+    let (_, bytes, _) = unsafe { x.align_to::<u8>() };
+    quantize_bytes(bytes, Dtype::F32, row, spec, codes, fields)
 }
 
-fn quantize_with(x: &[f32], row: usize, spec: &FlatSpec, codes: &mut [u8], fields: &mut [u8], simd: bool) -> Result<()> {
-    spec.check(x.len(), row)?;
-    check_len("codes", spec.codes_len(x.len()), codes.len())?;
-    check_len("fields", spec.fields_len(x.len(), row), fields.len())?;
-    check_numbers(x, spec.kind)?;
-    let (mut x, mut codes, mut fields) = (x, codes, fields);
+/// [`quantize_into`] of numbers of any dtype, given as their bytes at any alignment. 16-bit numbers are coded as they are,
+/// the codes the same as those of their fp32 values.
+pub fn quantize_bytes(x: &[u8], dtype: Dtype, row: usize, spec: &FlatSpec, codes: &mut [u8], fields: &mut [u8]) -> Result<()> {
+    quantize_with(x, dtype, row, spec, codes, fields, true)
+}
+
+fn quantize_with(
+    x: &[u8],
+    dtype: Dtype,
+    row: usize,
+    spec: &FlatSpec,
+    codes: &mut [u8],
+    fields: &mut [u8],
+    simd: bool,
+) -> Result<()> {
+    let n = x.len() / dtype.bytes();
+    check_len("x", n * dtype.bytes(), x.len())?;
+    spec.check(n, row)?;
+    check_len("codes", spec.codes_len(n), codes.len())?;
+    check_len("fields", spec.fields_len(n, row), fields.len())?;
+    let (all, mut x, mut codes, mut fields) = (x, x, codes, fields);
     let mut pieces = Vec::new();
-    for (n, row) in if x.is_empty() { Vec::new() } else { piece_lengths(x.len(), row, spec.block) } {
-        let (numbers, rest) = x.split_at(n);
+    for (n, row) in if n == 0 { Vec::new() } else { piece_lengths(n, row, spec.block) } {
+        let (numbers, rest) = x.split_at(n * dtype.bytes());
         let (c, codes_rest) = codes.split_at_mut(spec.codes_len(n));
         let (f, fields_rest) = fields.split_at_mut(blocks(n, row, spec.block) * spec.field_bytes());
         pieces.push(Piece { numbers, codes: c, fields: f, row });
         (x, codes, fields) = (rest, codes_rest, fields_rest);
     }
-    let plan = Plan::new(spec, simd);
-    pieces.into_par_iter().try_for_each(|piece| plan.quantize_piece(piece))
+    let plan = Plan::new(spec, dtype, n, simd);
+    let done = pieces.into_par_iter().try_for_each_init(Vec::new, |wide, piece| plan.quantize_piece(piece, wide));
+    // Pieces end in any order: the number that is named is the first.
+    done.map_err(|e| first_unfit(all, dtype, spec.kind).unwrap_or(e))
 }
 
 /// Blocks of a piece of `n` elements, whose last row may be short.
@@ -178,33 +205,42 @@ fn blocks(n: usize, row: usize, block: usize) -> usize {
 /// The numbers that `n` codes in rows of `row` stand for, into `out` of `n` elements. On an error (lengths, or codes beyond the
 /// codebook) what `out` holds is unspecified.
 pub fn dequantize(codes: &[u8], fields: &[u8], n: usize, row: usize, spec: &FlatSpec, out: &mut [f32]) -> Result<()> {
-    dequantize_with(codes, fields, n, row, spec, out, true)
+    if out.len() != n {
+        return Err(Error::shape("out", format!("[{n}]"), format!("[{}]", out.len())));
+    }
+    // SAFETY: any fp32 is four bytes, and any four bytes are an fp32.
+    let (_, bytes, _) = unsafe { out.align_to_mut::<u8>() };
+    dequantize_bytes(codes, fields, row, spec, Dtype::F32, bytes)
+}
+
+/// [`dequantize`] to numbers of any dtype, each rounded once from fp32, as their bytes at any alignment.
+pub fn dequantize_bytes(codes: &[u8], fields: &[u8], row: usize, spec: &FlatSpec, dtype: Dtype, out: &mut [u8]) -> Result<()> {
+    dequantize_with(codes, fields, row, spec, dtype, out, true)
 }
 
 fn dequantize_with(
     codes: &[u8],
     fields: &[u8],
-    n: usize,
     row: usize,
     spec: &FlatSpec,
-    out: &mut [f32],
+    dtype: Dtype,
+    out: &mut [u8],
     simd: bool,
 ) -> Result<()> {
+    let n = out.len() / dtype.bytes();
+    check_len("out", n * dtype.bytes(), out.len())?;
     spec.check(n, row)?;
     check_len("codes", spec.codes_len(n), codes.len())?;
     check_len("fields", spec.fields_len(n, row), fields.len())?;
-    if out.len() != n {
-        return Err(Error::shape("out", format!("[{n}]"), format!("[{}]", out.len())));
-    }
     let (mut codes, mut fields, mut out) = (codes, fields, out);
     let mut pieces = Vec::new();
     for (n, row) in if n == 0 { Vec::new() } else { piece_lengths(n, row, spec.block) } {
-        let (numbers, rest) = out.split_at_mut(n);
+        let (numbers, rest) = out.split_at_mut(n * dtype.bytes());
         let (c, codes_rest) = codes.split_at(spec.codes_len(n));
         let (f, fields_rest) = fields.split_at(blocks(n, row, spec.block) * spec.field_bytes());
         pieces.push(Piece { numbers, codes: c, fields: f, row });
         (out, codes, fields) = (rest, codes_rest, fields_rest);
     }
-    let plan = Plan::new(spec, simd);
-    pieces.into_par_iter().try_for_each(|piece| plan.dequantize_piece(piece))
+    let plan = Plan::new(spec, dtype, n, simd);
+    pieces.into_par_iter().try_for_each_init(Vec::new, |wide, piece| plan.dequantize_piece(piece, wide))
 }

@@ -37,13 +37,12 @@ pub fn pack(codes: &[u8], bits: u8, out: &mut [u8]) -> Result<()> {
     match bits {
         8 => out.copy_from_slice(codes),
         4 => pack_nibbles(codes, out, |first, second| first | second << 4),
-        _ => {
-            // Eight codes fill `bits` bytes exactly.
-            for (group, bytes) in codes.chunks(8).zip(out.chunks_mut(usize::from(bits))) {
-                let word = group.iter().rev().fold(0u64, |w, &c| w << bits | u64::from(c));
-                bytes.copy_from_slice(&word.to_le_bytes()[..bytes.len()]);
-            }
-        }
+        1 => pack_groups::<1>(codes, out),
+        2 => pack_groups::<2>(codes, out),
+        3 => pack_groups::<3>(codes, out),
+        5 => pack_groups::<5>(codes, out),
+        6 => pack_groups::<6>(codes, out),
+        _ => pack_groups::<7>(codes, out),
     }
     Ok(())
 }
@@ -56,18 +55,12 @@ pub fn unpack(bytes: &[u8], bits: u8, n: usize, out: &mut [u8]) -> Result<()> {
     match bits {
         8 => out.copy_from_slice(bytes),
         4 => unpack_nibbles(bytes, out, |b| [b & 15, b >> 4]),
-        _ => {
-            let mask = u8::MAX >> (8 - bits);
-            for (group, bytes) in out.chunks_mut(8).zip(bytes.chunks(usize::from(bits))) {
-                let mut word = [0u8; 8];
-                word[..bytes.len()].copy_from_slice(bytes);
-                let mut word = u64::from_le_bytes(word);
-                for code in group {
-                    *code = word as u8 & mask;
-                    word >>= bits;
-                }
-            }
-        }
+        1 => unpack_groups::<1>(bytes, out),
+        2 => unpack_groups::<2>(bytes, out),
+        3 => unpack_groups::<3>(bytes, out),
+        5 => unpack_groups::<5>(bytes, out),
+        6 => unpack_groups::<6>(bytes, out),
+        _ => unpack_groups::<7>(bytes, out),
     }
     Ok(())
 }
@@ -86,6 +79,51 @@ pub fn unpack_nibbles_high_first(bytes: &[u8], n: usize, out: &mut [u8]) -> Resu
     check_len("codes", n, out.len())?;
     unpack_nibbles(bytes, out, |b| [b >> 4, b & 15]);
     Ok(())
+}
+
+/// Up to eight bytes as a little-endian word.
+fn word(bytes: &[u8]) -> u64 {
+    let mut word = [0; 8];
+    word[..bytes.len()].copy_from_slice(bytes);
+    u64::from_le_bytes(word)
+}
+
+/// Packs by eights: eight codes fill `BITS` bytes exactly.
+fn pack_groups<const BITS: usize>(codes: &[u8], out: &mut [u8]) {
+    // One code per byte, moved together: pairs, then pairs of pairs, then halves.
+    let gather = |word: u64| {
+        let word = word & 0x00ff_00ff_00ff_00ff | (word >> 8 & 0x00ff_00ff_00ff_00ff) << BITS;
+        let word = word & 0x0000_ffff_0000_ffff | (word >> 16 & 0x0000_ffff_0000_ffff) << (2 * BITS);
+        (word & 0xffff_ffff | (word >> 32) << (4 * BITS)).to_le_bytes()
+    };
+    let (mut groups, mut outs) = (codes.chunks_exact(8), out.chunks_exact_mut(BITS));
+    for (group, bytes) in groups.by_ref().zip(outs.by_ref()) {
+        bytes.copy_from_slice(&gather(word(group))[..BITS]);
+    }
+    // Fewer than eight codes may still fill `BITS` bytes.
+    if !groups.remainder().is_empty() {
+        let last = outs.next().unwrap_or_else(|| outs.into_remainder());
+        last.copy_from_slice(&gather(word(groups.remainder()))[..last.len()]);
+    }
+}
+
+/// [`pack_groups`] backwards.
+fn unpack_groups<const BITS: usize>(bytes: &[u8], out: &mut [u8]) {
+    let scatter = |word: u64| {
+        let (half, quarter, one) = (u64::MAX >> (64 - 4 * BITS), u64::MAX >> (64 - 2 * BITS), u64::MAX >> (64 - BITS));
+        let word = word & half | (word >> (4 * BITS) & half) << 32;
+        let quarter = quarter * 0x1_0000_0001;
+        let word = word & quarter | (word >> (2 * BITS) & quarter) << 16;
+        let one = one * 0x1_0001_0001_0001;
+        (word & one | (word >> BITS & one) << 8).to_le_bytes()
+    };
+    let (mut groups, mut outs) = (bytes.chunks_exact(BITS), out.chunks_exact_mut(8));
+    for (codes, group) in outs.by_ref().zip(groups.by_ref()) {
+        codes.copy_from_slice(&scatter(word(group)));
+    }
+    let last = outs.into_remainder();
+    let rest = groups.next().unwrap_or_else(|| groups.remainder());
+    last.copy_from_slice(&scatter(word(rest))[..last.len()]);
 }
 
 fn pack_nibbles(codes: &[u8], out: &mut [u8], join: impl Fn(u8, u8) -> u8) {

@@ -2,11 +2,13 @@
 
 use std::arch::x86_64::*;
 
+use super::piece::Plan;
 use crate::codec::Fields;
+use crate::error::Result;
 
 /// Whether this CPU runs the functions of this module.
 pub(super) fn available() -> bool {
-    is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")
+    is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
 }
 
 /// Codes of `(x - zero) * inverse` for at most 16 levels, one per byte or (`PACKED`) two, the first in the high half if
@@ -91,36 +93,57 @@ pub(super) unsafe fn lookup(levels: &[f32], fields: Fields, codes: &[u8], out: &
     super::piece::lookup(levels, fields, codes, out);
 }
 
-/// Values of packed nibbles: `fma(level, scale, zero)`, computed once per level. Decodes whole groups of 32 and returns how
+/// Values of packed nibbles: `fma(level, scale, zero)`, computed once per level. Decodes whole groups of eight and returns how
 /// many numbers that were.
 ///
 /// # Safety
-/// Only where [`available`] is true; `bytes` hold at least `out.len()` nibbles.
+/// Only where [`available`] is true; if `STREAM`, `out` begins on a multiple of 32 and a fence follows.
 #[target_feature(enable = "avx2,fma")]
-pub(super) unsafe fn decode(bytes: &[u8], high_first: bool, levels: &[f32; 16], scale: f32, zero: f32, out: &mut [f32]) -> usize {
+#[inline]
+pub(super) unsafe fn decode<const STREAM: bool>(
+    bytes: &[u8],
+    high_first: bool,
+    levels: &[f32; 16],
+    fields: Fields,
+    out: &mut [f32],
+) -> usize {
     // SAFETY: `levels` holds two vectors.
     let (low, high) = unsafe { (_mm256_loadu_ps(levels.as_ptr()), _mm256_loadu_ps(levels.as_ptr().add(8))) };
-    let (scale, zero) = (_mm256_set1_ps(scale), _mm256_set1_ps(zero));
+    let (scale, zero) = (_mm256_set1_ps(fields.scale), _mm256_set1_ps(fields.zero));
     let (low, high) = (_mm256_fmadd_ps(low, scale, zero), _mm256_fmadd_ps(high, scale, zero));
     let mask = _mm_set1_epi8(15);
+    let split = |packed| {
+        let (a, b) = (_mm_and_si128(packed, mask), _mm_and_si128(_mm_srli_epi16::<4>(packed), mask));
+        if high_first { (b, a) } else { (a, b) }
+    };
+    // The values of eight codes, one per byte.
+    let look_up = |codes, to: *mut f32| {
+        let codes = _mm256_cvtepu8_epi32(codes);
+        // Bit 3 of the code, moved to the sign, picks the table.
+        let pick = _mm256_castsi256_ps(_mm256_slli_epi32::<28>(codes));
+        let value = _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, codes), _mm256_permutevar8x32_ps(high, codes), pick);
+        // SAFETY: eight numbers can be written there, at a multiple of 32 if `STREAM`.
+        unsafe { if STREAM { _mm256_stream_ps(to, value) } else { _mm256_storeu_ps(to, value) } }
+    };
     let groups = (out.len() / 32).min(bytes.len() / 16);
     for i in 0..groups {
         // SAFETY: 16 bytes are there from 16 i on and 32 numbers from 32 i on; unaligned access is allowed.
         unsafe {
-            let packed = _mm_loadu_si128(bytes.as_ptr().add(16 * i).cast());
-            let (a, b) = (_mm_and_si128(packed, mask), _mm_and_si128(_mm_srli_epi16::<4>(packed), mask));
-            let (first, second) = if high_first { (b, a) } else { (a, b) };
+            let (first, second) = split(_mm_loadu_si128(bytes.as_ptr().add(16 * i).cast()));
             let (front, back) = (_mm_unpacklo_epi8(first, second), _mm_unpackhi_epi8(first, second));
             for (j, codes) in [front, _mm_srli_si128::<8>(front), back, _mm_srli_si128::<8>(back)].into_iter().enumerate() {
-                let codes = _mm256_cvtepu8_epi32(codes);
-                // Bit 3 of the code, moved to the sign, picks the table.
-                let pick = _mm256_castsi256_ps(_mm256_slli_epi32::<28>(codes));
-                let value = _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, codes), _mm256_permutevar8x32_ps(high, codes), pick);
-                _mm256_storeu_ps(out.as_mut_ptr().add(32 * i + 8 * j), value);
+                look_up(codes, out.as_mut_ptr().add(32 * i + 8 * j));
             }
         }
     }
-    groups * 32
+    let (rest, out) = (&bytes[16 * groups..], &mut out[32 * groups..]);
+    let mut done = 32 * groups;
+    for (bytes, out) in rest.chunks_exact(4).zip(out.chunks_exact_mut(8)) {
+        let (first, second) = split(_mm_cvtsi32_si128(i32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])));
+        look_up(_mm_unpacklo_epi8(first, second), out.as_mut_ptr());
+        done += 8;
+    }
+    done
 }
 
 /// Largest magnitude of finite numbers; the order of a maximum does not matter.
@@ -130,4 +153,25 @@ pub(super) unsafe fn decode(bytes: &[u8], high_first: bool, levels: &[f32; 16], 
 #[target_feature(enable = "avx2,fma")]
 pub(super) unsafe fn absmax(x: &[f32]) -> f32 {
     super::piece::absmax_by_lanes::<32>(x)
+}
+
+/// [`Plan::decode_blocks`] compiled for this CPU.
+///
+/// # Safety
+/// Only where [`available`] is true.
+#[target_feature(enable = "avx2,fma")]
+pub(super) unsafe fn decode_blocks(
+    plan: &Plan<'_>,
+    codes: &[u8],
+    fields: &[u8],
+    row: usize,
+    numbers: &mut [f32],
+    stream: bool,
+) -> Result<()> {
+    plan.decode_blocks(codes, fields, row, numbers, stream)?;
+    if stream {
+        // Streamed numbers come before whatever tells other threads of them.
+        _mm_sfence();
+    }
+    Ok(())
 }

@@ -1,50 +1,92 @@
 //! One piece of a tensor to codes and fields and back: the loop over blocks, and its choice of portable or vector code.
 
-#[cfg(target_arch = "x86_64")]
-use super::avx2;
+use super::sink::Sink;
 use super::{FlatSpec, NibbleOrder};
+#[cfg(target_arch = "x86_64")]
+use super::{avx2, decode16, encode16, keys16};
 use crate::codebook::Codebook;
-use crate::codec::{Fields, ScaleDtype, ScaleKind, block_fields};
+use crate::codec::{Fields, ScaleKind, block_fields};
 use crate::error::{Error, Result};
 use crate::pack;
+use crate::tensor::Dtype;
 
 /// A part of a tensor that starts at a byte boundary of the codes and consists of whole blocks.
 pub(super) struct Piece<N, B> {
+    /// Bytes of numbers.
     pub(super) numbers: N,
     pub(super) codes: B,
     pub(super) fields: B,
-    /// Row length inside the piece: blocks start anew at each multiple of it.
+    /// Row length inside the piece, in elements: blocks start anew at each multiple of it.
     pub(super) row: usize,
 }
 
 /// What encoding and decoding look up per tensor instead of per block.
 pub(super) struct Plan<'a> {
-    spec: &'a FlatSpec,
-    book: Codebook,
+    pub(super) spec: &'a FlatSpec,
+    pub(super) dtype: Dtype,
+    pub(super) book: Codebook,
     /// 15 thresholds and one unused place, padded with infinity, where there are at most 16 levels.
-    thresholds: Option<[f32; 16]>,
-    /// The levels of 4-bit codes, the last one repeated to 16.
-    levels: Option<[f32; 16]>,
+    pub(super) thresholds: Option<[f32; 16]>,
+    /// The levels of codes of at most 4 bits, the last one repeated to 16.
+    pub(super) levels: Option<[f32; 16]>,
+    /// Thresholds of bfloat16 by scale.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) table: Option<keys16::Table>,
     /// Whether short blocks divide by their scale.
-    divide: bool,
+    pub(super) divide: bool,
+    /// Whether numbers are written past the caches.
+    pub(super) stream: bool,
     simd: bool,
 }
 
+/// Bytes of output from which it is written past the caches: they could not hold it anyway.
+const STREAM: usize = 16 << 20;
+
+/// Numbers from which a table of thresholds by scale is worth its making (128 blocks' worth of work).
+const TABLE: usize = 1 << 14;
+
+/// Largest magnitude that a kind takes: the sum of a block must not overflow.
+pub(super) fn limit(kind: ScaleKind) -> f32 {
+    if kind == ScaleKind::MeanAbsmax { f32::MAX / 1024.0 } else { f32::MAX }
+}
+
+/// What a piece reports when it meets a number beyond [`limit`]; the tensor's first one is looked for afterwards.
+pub(super) fn unfit() -> Error {
+    Error::value("x", "finite numbers", "others")
+}
+
 impl<'a> Plan<'a> {
-    pub(super) fn new(spec: &'a FlatSpec, simd: bool) -> Self {
-        let theirs = Codebook::nf4_bitsandbytes();
-        let divide = spec.book.levels() == theirs.levels()
-            && (spec.kind, spec.scale_dtype, spec.order) == (ScaleKind::Absmax, ScaleDtype::Fp32, NibbleOrder::HighFirst);
-        let book = if divide { theirs } else { spec.book.clone() };
+    /// A plan for `n` numbers.
+    pub(super) fn new(spec: &'a FlatSpec, dtype: Dtype, n: usize, simd: bool) -> Self {
+        let divide = spec.follows_bitsandbytes();
+        let book = if divide { Codebook::nf4_bitsandbytes() } else { spec.book.clone() };
         let pad =
             |from: &[f32], with: f32| (from.len() <= 16).then(|| std::array::from_fn(|i| from.get(i).copied().unwrap_or(with)));
         let thresholds = if book.levels().len() <= 16 { pad(book.thresholds(), f32::INFINITY) } else { None };
-        let levels = if book.bits() == 4 { pad(book.levels(), book.levels()[book.levels().len() - 1]) } else { None };
-        Self { spec, book, thresholds, levels, divide, simd: simd && simd_available() }
+        let levels = pad(book.levels(), book.levels()[book.levels().len() - 1]);
+        let (stream, simd) = (n * dtype.bytes() >= STREAM, simd && simd_available());
+        #[cfg(target_arch = "x86_64")]
+        let table = match &thresholds {
+            // SAFETY: AVX2 is available.
+            Some(t) if simd && dtype == Dtype::Bf16 && spec.kind.fields() == 1 && n >= TABLE => unsafe { keys16::table(t) },
+            _ => None,
+        };
+        Self {
+            spec,
+            dtype,
+            book,
+            thresholds,
+            levels,
+            #[cfg(target_arch = "x86_64")]
+            table,
+            divide,
+            stream,
+            simd,
+        }
     }
 
     /// Fields of one block.
-    fn fields(&self, x: &[f32]) -> Fields {
+    pub(super) fn fields(&self, x: &[f32]) -> Fields {
         match self.spec.kind {
             ScaleKind::Absmax => Fields { scale: self.spec.scale_dtype.round(absmax(x, self.simd)), zero: 0.0 },
             ScaleKind::SignedAbsmax => {
@@ -58,7 +100,7 @@ impl<'a> Plan<'a> {
     }
 
     /// Codes of one block, one per byte.
-    fn encode(&self, x: &[f32], fields: Fields, out: &mut [u8]) {
+    pub(super) fn encode(&self, x: &[f32], fields: Fields, out: &mut [u8]) {
         if self.divide && x.len() < self.spec.block {
             let scale = fields.scale.max(1e-38);
             for (code, v) in out.iter_mut().zip(x) {
@@ -66,21 +108,26 @@ impl<'a> Plan<'a> {
             }
             return;
         }
-        let inverse = fields.inverse();
-        let done = match &self.thresholds {
-            #[cfg(target_arch = "x86_64")]
-            Some(t) if self.simd => {
-                // SAFETY: `simd` is only set where `available` is true.
-                unsafe { avx2::encode::<false>(x, fields, false, t, out) }
+        #[cfg(target_arch = "x86_64")]
+        if let Some(t) = self.thresholds.as_ref().filter(|_| self.simd) {
+            // SAFETY: `simd` is only set where `available` is true.
+            let done = unsafe { avx2::encode::<false>(x, fields, false, t, out) };
+            if done < x.len() {
+                let (rest, mut padded, mut codes) = (x.len() - done, [0f32; 32], [0; 32]);
+                padded[..rest].copy_from_slice(&x[done..]);
+                // SAFETY: as above.
+                unsafe { avx2::encode::<false>(&padded, fields, false, t, &mut codes) };
+                out[done..x.len()].copy_from_slice(&codes[..rest]);
             }
-            _ => 0,
-        };
+            return;
+        }
+        let inverse = fields.inverse();
         let mut scaled = [0f32; 512];
-        let scaled = &mut scaled[..x.len() - done];
-        for (s, v) in scaled.iter_mut().zip(&x[done..]) {
+        let scaled = &mut scaled[..x.len()];
+        for (s, v) in scaled.iter_mut().zip(x) {
             *s = (v - fields.zero) * inverse;
         }
-        self.book.encode_slice(scaled, &mut out[done..x.len()]);
+        self.book.encode_slice(scaled, &mut out[..x.len()]);
     }
 
     /// Codes of one block straight into their bytes, if this is a case for that: 4 bits, whole groups of 32.
@@ -101,65 +148,87 @@ impl<'a> Plan<'a> {
     }
 
     /// Packs codes that are below the limit by construction.
-    fn pack(&self, codes: &[u8], out: &mut [u8]) -> Result<()> {
+    pub(super) fn pack(&self, codes: &[u8], out: &mut [u8]) -> Result<()> {
         match self.spec.order {
             NibbleOrder::LowFirst => pack::pack(codes, self.book.bits(), out),
             NibbleOrder::HighFirst => pack::pack_nibbles_high_first(codes, out),
         }
     }
 
-    /// A piece: whole blocks, from a byte boundary on. The codes of blocks that end inside a byte wait for the next block.
-    pub(super) fn quantize_piece(&self, piece: Piece<&[f32], &mut [u8]>) -> Result<()> {
-        let bits = usize::from(self.book.bits());
-        let bytes = self.spec.scale_dtype.bytes();
-        let mut fields_out = piece.fields.chunks_exact_mut(self.spec.field_bytes());
-        let (mut held, mut waiting, mut at) = ([0u8; 520], 0, 0);
-        for block in piece.numbers.chunks(piece.row).flat_map(|row| row.chunks(self.spec.block)) {
+    /// A piece: whole blocks, from a byte boundary on. `wide` is room for its numbers in fp32.
+    pub(super) fn quantize_piece(&self, piece: Piece<&[u8], &mut [u8]>, wide: &mut Vec<f32>) -> Result<()> {
+        #[cfg(target_arch = "x86_64")]
+        match self.dtype {
+            // SAFETY: `simd` is only set where `available` is true.
+            Dtype::Bf16 if self.simd => return unsafe { encode16::quantize_piece::<true>(self, piece) },
+            // SAFETY: as above.
+            Dtype::F16 if self.simd => return unsafe { encode16::quantize_piece::<false>(self, piece) },
+            _ => {}
+        }
+        // SAFETY: any four bytes are an fp32.
+        let (head, mut numbers, _) = unsafe { piece.numbers.align_to::<f32>() };
+        if self.dtype != Dtype::F32 || !head.is_empty() {
+            wide.resize(piece.numbers.len() / self.dtype.bytes(), 0.0);
+            self.dtype.read_f32(piece.numbers, wide);
+            numbers = wide;
+        }
+        self.check(numbers)?;
+        let mut sink = Sink::new(self, piece.codes, piece.fields);
+        for block in numbers.chunks(piece.row).flat_map(|row| row.chunks(self.spec.block)) {
             let fields = self.fields(block);
-            if let Some(out) = fields_out.next() {
-                self.spec.scale_dtype.write(out, fields.scale);
-                if self.spec.kind.fields() == 2 {
-                    self.spec.scale_dtype.write(&mut out[bytes..], fields.zero);
-                }
-            }
-            if waiting == 0 && self.encode_packed(block, fields, &mut piece.codes[at..]) {
-                at += block.len() / 2;
-                continue;
-            }
-            self.encode(block, fields, &mut held[waiting..waiting + block.len()]);
-            let total = waiting + block.len();
-            let whole = total / 8 * 8;
-            self.pack(&held[..whole], &mut piece.codes[at..at + whole / 8 * bits])?;
-            at += whole / 8 * bits;
-            held.copy_within(whole..total, 0);
-            waiting = total - whole;
-        }
-        if waiting > 0 {
-            self.pack(&held[..waiting], &mut piece.codes[at..])?;
-            if self.divide && waiting % 2 == 1 {
-                piece.codes[at + waiting / 2] |= self.book.zero_code();
+            sink.fields(fields);
+            if sink.waiting == 0 && self.encode_packed(block, fields, sink.rest()) {
+                sink.skip(block.len());
+            } else {
+                sink.codes(block.len(), |out| self.encode(block, fields, out))?;
             }
         }
-        Ok(())
+        sink.finish()
     }
 
-    /// Values of one block whose codes begin at element `first` of a piece.
-    fn decode(&self, bytes: &[u8], first: usize, fields: Fields, out: &mut [f32]) -> Result<()> {
-        let (bits, levels, n) = (self.book.bits(), self.book.levels(), out.len());
-        let from = first * usize::from(bits);
-        let high_first = self.spec.order == NibbleOrder::HighFirst;
-        let mut done = 0;
+    /// Refuses numbers beyond the limit.
+    pub(super) fn check(&self, x: &[f32]) -> Result<()> {
+        let limit = limit(self.spec.kind);
         #[cfg(target_arch = "x86_64")]
-        if let Some(table) = self.levels.as_ref().filter(|_| self.simd && from.is_multiple_of(8) && levels.len() == 16) {
-            // SAFETY: `simd` is only set where `available` is true; the function reads and writes whole groups of both.
-            done = unsafe { avx2::decode(&bytes[from / 8..], high_first, table, fields.scale, fields.zero, out) };
-            if done == n {
-                return Ok(());
-            }
+        if self.simd {
+            // SAFETY: `simd` is only set where `available` is true.
+            return if unsafe { avx2::all_within(x, limit) } { Ok(()) } else { Err(unfit()) };
         }
+        if x.iter().fold(true, |all, v| all & (v.abs() <= limit)) { Ok(()) } else { Err(unfit()) }
+    }
+
+    /// Values of one block whose codes begin at element `first` of a piece; past the caches if `stream`.
+    #[inline(always)]
+    pub(super) fn decode(&self, bytes: &[u8], first: usize, fields: Fields, out: &mut [f32], stream: bool) -> Result<()> {
+        let (from, mut done) = (first * usize::from(self.book.bits()), 0);
+        #[cfg(target_arch = "x86_64")]
+        if let Some(table) = &self.levels
+            && self.simd
+            && from.is_multiple_of(8)
+            && self.book.levels().len() == 16
+        {
+            let (bytes, high_first) = (&bytes[from / 8..], self.spec.order == NibbleOrder::HighFirst);
+            done = match stream && out.as_ptr().addr().is_multiple_of(32) {
+                // SAFETY: `simd` is only set where `available` is true.
+                true => unsafe { avx2::decode::<true>(bytes, high_first, table, fields, out) },
+                // SAFETY: as above.
+                false => unsafe { avx2::decode::<false>(bytes, high_first, table, fields, out) },
+            };
+        }
+        let _ = stream;
+        if done == out.len() {
+            return Ok(());
+        }
+        self.decode_rest(bytes, from + done * usize::from(self.book.bits()), fields, &mut out[done..])
+    }
+
+    /// Values of codes that begin at bit `from`.
+    #[inline(never)]
+    fn decode_rest(&self, bytes: &[u8], from: usize, fields: Fields, out: &mut [f32]) -> Result<()> {
+        let (bits, levels) = (self.book.bits(), self.book.levels());
+        let high_first = self.spec.order == NibbleOrder::HighFirst;
         let mut codes = [0u8; 512];
-        let codes = &mut codes[..n - done];
-        let from = from + done * usize::from(bits);
+        let codes = &mut codes[..out.len()];
         if from.is_multiple_of(8) {
             let bytes = &bytes[from / 8..from / 8 + pack::packed_len(codes.len(), bits)];
             match self.spec.order {
@@ -184,25 +253,62 @@ impl<'a> Plan<'a> {
         #[cfg(target_arch = "x86_64")]
         if self.simd {
             // SAFETY: `simd` is only set where `available` is true.
-            unsafe { avx2::lookup(levels, fields, codes, &mut out[done..]) };
+            unsafe { avx2::lookup(levels, fields, codes, out) };
             return Ok(());
         }
-        lookup(levels, fields, codes, &mut out[done..]);
+        lookup(levels, fields, codes, out);
         Ok(())
     }
 
-    pub(super) fn dequantize_piece(&self, piece: Piece<&mut [f32], &[u8]>) -> Result<()> {
-        let bytes = self.spec.scale_dtype.bytes();
-        let mut fields_in = piece.fields.chunks_exact(self.spec.field_bytes());
-        let mut first = 0;
-        for block in piece.numbers.chunks_mut(piece.row).flat_map(|row| row.chunks_mut(self.spec.block)) {
-            let stored = fields_in.next().unwrap_or_default();
-            let scale = self.spec.scale_dtype.read(stored);
-            let zero = if self.spec.kind.fields() == 2 { self.spec.scale_dtype.read(&stored[bytes..]) } else { 0.0 };
-            self.decode(piece.codes, first, Fields { scale, zero }, block)?;
-            first += block.len();
+    /// A piece, whose numbers are written in the dtype of the plan. `wide` is room for them in fp32.
+    pub(super) fn dequantize_piece(&self, piece: Piece<&mut [u8], &[u8]>, wide: &mut Vec<f32>) -> Result<()> {
+        #[cfg(target_arch = "x86_64")]
+        match self.dtype {
+            // SAFETY: `simd` is only set where `available` is true.
+            Dtype::Bf16 if self.simd => return unsafe { decode16::dequantize_piece::<true>(self, piece) },
+            // SAFETY: as above.
+            Dtype::F16 if self.simd => return unsafe { decode16::dequantize_piece::<false>(self, piece) },
+            _ => {}
+        }
+        // SAFETY: any four bytes are an fp32.
+        match unsafe { piece.numbers.align_to_mut::<f32>() } {
+            ([], numbers, []) if self.dtype == Dtype::F32 => {
+                self.dequantize_numbers(piece.codes, piece.fields, piece.row, numbers, self.stream)
+            }
+            _ => {
+                wide.resize(piece.numbers.len() / self.dtype.bytes(), 0.0);
+                self.dequantize_numbers(piece.codes, piece.fields, piece.row, wide, false)?;
+                self.dtype.write_f32(piece.numbers, wide);
+                Ok(())
+            }
+        }
+    }
+
+    fn dequantize_numbers(&self, codes: &[u8], fields: &[u8], row: usize, numbers: &mut [f32], stream: bool) -> Result<()> {
+        #[cfg(target_arch = "x86_64")]
+        if self.simd {
+            // SAFETY: `simd` is only set where `available` is true.
+            return unsafe { avx2::decode_blocks(self, codes, fields, row, numbers, stream) };
+        }
+        self.decode_blocks(codes, fields, row, numbers, stream)
+    }
+
+    #[inline(always)]
+    pub(super) fn decode_blocks(&self, codes: &[u8], fields: &[u8], row: usize, numbers: &mut [f32], stream: bool) -> Result<()> {
+        let (mut fields, mut first) = (fields.chunks_exact(self.spec.field_bytes()), 0);
+        for row in numbers.chunks_mut(row) {
+            for block in row.chunks_mut(self.spec.block) {
+                self.decode(codes, first, self.read_fields(fields.next().unwrap_or_default()), block, stream)?;
+                first += block.len();
+            }
         }
         Ok(())
+    }
+
+    pub(super) fn read_fields(&self, stored: &[u8]) -> Fields {
+        let dtype = self.spec.scale_dtype;
+        let zero = if self.spec.kind.fields() == 2 { dtype.read(&stored[dtype.bytes()..]) } else { 0.0 };
+        Fields { scale: dtype.read(stored), zero }
     }
 }
 

@@ -45,21 +45,28 @@ fn plainly(x: &[f32], row: usize, spec: &FlatSpec) -> (Quantized, Vec<f32>) {
     (Quantized { codes: packed, fields }, values)
 }
 
-fn bits(x: &[f32]) -> Vec<u32> {
-    x.iter().map(|v| v.to_bits()).collect()
+fn bytes_of(x: &[f32], dtype: Dtype) -> Vec<u8> {
+    let mut bytes = vec![0; x.len() * dtype.bytes()];
+    dtype.write_f32(&mut bytes, x);
+    bytes
 }
 
-/// Both forms of the loops against the definition.
+/// Both forms of the loops against the definition, for fp32, for fp64 and for `x` rounded to 16 bits.
 fn check(x: &[f32], row: usize, spec: &FlatSpec) {
-    let (want, values) = plainly(x, row, spec);
-    for simd in [false, true] {
-        let (mut codes, mut fields) = (vec![0xaa; want.codes.len()], vec![0xaa; want.fields.len()]);
-        quantize_with(x, row, spec, &mut codes, &mut fields, simd).unwrap();
-        assert_eq!(fields, want.fields, "{spec:?} row {row} simd {simd}");
-        assert_eq!(codes, want.codes, "{spec:?} row {row} simd {simd}");
-        let mut out = vec![f32::NAN; x.len()];
-        dequantize_with(&codes, &fields, x.len(), row, spec, &mut out, simd).unwrap();
-        assert_eq!(bits(&out), bits(&values), "{spec:?} row {row} simd {simd}");
+    for dtype in [Dtype::F32, Dtype::Bf16, Dtype::F16, Dtype::F64] {
+        let x: Vec<f32> = x.iter().map(|&v| if dtype == Dtype::F16 { v.clamp(-65504.0, 65504.0) } else { v }).collect();
+        let (bytes, mut x) = (bytes_of(&x, dtype), x);
+        dtype.read_f32(&bytes, &mut x);
+        let (want, values) = plainly(&x, row, spec);
+        for simd in [false, true] {
+            let (mut codes, mut fields) = (vec![0xaa; want.codes.len()], vec![0xaa; want.fields.len()]);
+            quantize_with(&bytes, dtype, row, spec, &mut codes, &mut fields, simd).unwrap();
+            assert_eq!(fields, want.fields, "{spec:?} row {row} {dtype:?} simd {simd}");
+            assert_eq!(codes, want.codes, "{spec:?} row {row} {dtype:?} simd {simd}");
+            let mut out = vec![0xaa; bytes.len()];
+            dequantize_with(&codes, &fields, row, spec, dtype, &mut out, simd).unwrap();
+            assert!(out == bytes_of(&values, dtype), "{spec:?} row {row} {dtype:?} simd {simd}");
+        }
     }
 }
 
@@ -109,16 +116,20 @@ fn the_format_of_bitsandbytes_follows_its_rules() {
 }
 
 #[test]
-fn bad_input_is_refused_and_nothing_is_written() {
+fn bad_input_is_refused() {
     let good = spec("nf4", 32, ScaleKind::Absmax, ScaleDtype::Fp16, NibbleOrder::LowFirst);
     let mut x = numbers(40_000, 1);
     for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
         x[33_333] = bad;
         x[39_999] = bad;
-        let (mut codes, mut fields) = (vec![1; 20_000], vec![1; 2500]);
-        let error = quantize_into(&x, 40_000, &good, &mut codes, &mut fields).unwrap_err();
-        assert!(matches!(error, Error::NonFinite { index: 33_333, .. }), "{error}");
-        assert!(codes.iter().chain(&fields).all(|&b| b == 1));
+        for dtype in [Dtype::F32, Dtype::Bf16, Dtype::F16, Dtype::F64] {
+            for simd in [false, true] {
+                let (mut codes, mut fields) = (vec![1; 20_000], vec![1; 2500]);
+                let x = bytes_of(&x, dtype);
+                let error = quantize_with(&x, dtype, 40_000, &good, &mut codes, &mut fields, simd).unwrap_err();
+                assert!(matches!(error, Error::NonFinite { index: 33_333, .. }), "{dtype:?} {simd}: {error}");
+            }
+        }
     }
     x.truncate(64);
     assert!(quantize(&x, 60, &good).is_err() && quantize(&x, 0, &good).is_err());
@@ -130,8 +141,12 @@ fn bad_input_is_refused_and_nothing_is_written() {
     assert!(quantize_into(&x, 64, &good, &mut [0; 32], &mut [0; 5]).is_err());
     assert!(dequantize(&[0; 32], &[0; 4], 64, 64, &good, &mut [0.0; 63]).is_err());
     assert!(dequantize(&[0; 31], &[0; 4], 64, 64, &good, &mut [0.0; 64]).is_err());
-    let huge = [1e38f32; 64];
-    assert!(quantize(&huge, 64, &FlatSpec { kind: ScaleKind::MeanAbsmax, ..good.clone() }).is_err());
+    let around_a_mean = FlatSpec { kind: ScaleKind::MeanAbsmax, ..good.clone() };
+    for dtype in [Dtype::F32, Dtype::Bf16] {
+        let (huge, mut codes, mut fields) = (bytes_of(&[1e38f32; 64], dtype), [0; 32], [0; 8]);
+        let error = quantize_with(&huge, dtype, 64, &around_a_mean, &mut codes, &mut fields, true).unwrap_err();
+        assert!(error.to_string().contains("magnitudes up to"), "{error}");
+    }
     // 15 levels: code 15 stands for nothing.
     let e2m1 = FlatSpec { book: Codebook::parse("e2m1").unwrap(), ..good.clone() };
     assert!(dequantize(&[0xff; 32], &[0; 4], 64, 64, &e2m1, &mut [0.0; 64]).is_err());
@@ -139,13 +154,80 @@ fn bad_input_is_refused_and_nothing_is_written() {
     assert!(dequantize(&[], &[], 0, 5, &good, &mut []).is_ok());
 }
 
+/// Every 16-bit number, in blocks with every kind of scale: tiny, huge, of either sign, around a mean.
+#[test]
+fn every_16_bit_number_is_coded_as_its_fp32_value() {
+    for dtype in [Dtype::Bf16, Dtype::F16] {
+        let all: Vec<u8> = (0..=u16::MAX).flat_map(|v| (v.wrapping_mul(40_503)).to_le_bytes()).collect();
+        let mut x = vec![0f32; 1 << 16];
+        dtype.read_f32(&all, &mut x);
+        x.retain(|v| v.is_finite() && v.abs() < 3e35);
+        // Blocks of one binade each, too: all thresholds among their numbers.
+        let sorted = |mut x: Vec<f32>| {
+            x.sort_by(|a, b| a.abs().total_cmp(&b.abs()));
+            x
+        };
+        for x in [x.clone(), sorted(x)] {
+            for (book, kind, scale) in [
+                ("nf4", ScaleKind::Absmax, ScaleDtype::Fp32),
+                ("uniform4", ScaleKind::Minmax, ScaleDtype::Fp32),
+                ("int4", ScaleKind::Absmax, ScaleDtype::Bf16),
+                ("l2signed4-64", ScaleKind::SignedAbsmax, ScaleDtype::E4m3),
+                ("lloyd3", ScaleKind::Rms, ScaleDtype::Fp16),
+                ("e2m1", ScaleKind::MeanAbsmax, ScaleDtype::Bf16),
+            ] {
+                let order = if book == "nf4" { NibbleOrder::HighFirst } else { NibbleOrder::LowFirst };
+                let spec = spec(book, 48, kind, scale, order);
+                let bytes = bytes_of(&x, dtype);
+                let run = |simd| {
+                    let (mut codes, mut fields) = (vec![0; spec.codes_len(x.len())], vec![0; spec.fields_len(x.len(), x.len())]);
+                    quantize_with(&bytes, dtype, x.len(), &spec, &mut codes, &mut fields, simd).unwrap();
+                    let mut out = vec![0; bytes.len()];
+                    dequantize_with(&codes, &fields, x.len(), &spec, dtype, &mut out, simd).unwrap();
+                    (codes, fields, out)
+                };
+                assert!(run(false) == run(true), "{dtype:?} {spec:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn every_length_ends_well() {
+    let x = numbers(150, 13);
+    for n in 1..=150 {
+        check(&x[..n], n, &spec("nf4", 64, ScaleKind::Absmax, ScaleDtype::Fp16, NibbleOrder::HighFirst));
+        check(&x[..n], n, &spec("e2m1", 128, ScaleKind::Minmax, ScaleDtype::Bf16, NibbleOrder::LowFirst));
+        check(&x[..n], n, &spec("nf3", 32, ScaleKind::SignedAbsmax, ScaleDtype::E4m3, NibbleOrder::LowFirst));
+    }
+}
+
+/// Large outputs are written past the caches.
+#[test]
+fn streamed_numbers_are_the_same() {
+    let n = 9 << 20;
+    let spec = spec("nf4", 64, ScaleKind::Absmax, ScaleDtype::Fp16, NibbleOrder::LowFirst);
+    let x = numbers(n / 64, 5).repeat(64);
+    let q = quantize(&x, n, &spec).unwrap();
+    for dtype in [Dtype::Bf16, Dtype::F32] {
+        let size = n * dtype.bytes();
+        // On and off a multiple of 32.
+        let (mut even, mut odd, mut plain) = (vec![0; size], vec![0; size + 2], vec![0; size]);
+        dequantize_with(&q.codes, &q.fields, n, &spec, dtype, &mut even, true).unwrap();
+        dequantize_with(&q.codes, &q.fields, n, &spec, dtype, &mut odd[2..], true).unwrap();
+        dequantize_with(&q.codes, &q.fields, n, &spec, dtype, &mut plain, false).unwrap();
+        assert!(even == plain && odd[2..] == plain, "{dtype:?}");
+    }
+}
+
 proptest! {
     #[test]
     fn both_forms_agree_on_any_finite_numbers(
         x in proptest::collection::vec(prop_oneof![any::<u32>().prop_map(f32::from_bits), -3f32..3.0], 1..300),
-        kind in 0..5usize, dtype in 0..4usize, block in 2..9usize,
+        kind in 0..5usize, dtype in 0..4usize, block in 2..9usize, book in 0..6usize,
     ) {
         let x: Vec<f32> = x.into_iter().map(|v| if v.is_finite() && v.abs() < 1e35 { v } else { 0.0 }).collect();
-        check(&x, x.len(), &spec("nf4", 8 * block, KINDS[kind], DTYPES[dtype], NibbleOrder::LowFirst));
+        let book = ["nf4", "uniform4", "int3", "lloyd4", "nf2", "e2m1"][book];
+        check(&x, x.len(), &spec(book, 8 * block, KINDS[kind], DTYPES[dtype], NibbleOrder::LowFirst));
     }
 }

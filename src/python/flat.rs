@@ -1,9 +1,8 @@
 //! `_core.quantize` and `_core.dequantize` of whole tensors.
 
-use std::borrow::Cow;
-
+use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
-use rayon::prelude::*;
+use pyo3::types::{PyDict, PyTuple};
 
 use super::borrow::{Borrowed, output_bytes};
 use crate::codebook::Codebook;
@@ -11,13 +10,9 @@ use crate::dlpack::{Element, TensorRef};
 use crate::error::{Error, Result};
 use crate::flat::{self, FlatSpec, NibbleOrder};
 use crate::scheme::BookSpec;
-use crate::tensor::Dtype;
 
-/// Elements that one thread converts at a time.
-const PIECE: usize = 1 << 16;
-
-/// The codec of a call: `codebook` is a name, or JSON levels; the rest are the words of a scheme.
-fn spec(codebook: &str, block: usize, scale: &str, scale_dtype: &str, order: &str) -> Result<FlatSpec> {
+/// A codec from its words: `codebook` is a name, or JSON levels; the rest are the words of a scheme.
+pub(super) fn spec(codebook: &str, block: usize, scale: &str, scale_dtype: &str, order: &str) -> Result<FlatSpec> {
     let word = |what: &str, text: &str| Error::value(what, "one of the scheme language's words", format!("{text:?}"));
     let book = match codebook {
         levels if levels.starts_with('[') => {
@@ -45,20 +40,63 @@ fn spec(codebook: &str, block: usize, scale: &str, scale_dtype: &str, order: &st
 }
 
 /// Elements of a row: the last extent, or all of them if `flat`.
-fn row(shape: &[usize], flat: bool) -> usize {
+pub(super) fn row(shape: &[usize], flat: bool) -> usize {
     if flat { shape.iter().product() } else { shape.last().copied().unwrap_or(1) }
 }
 
-/// All elements in row-major order as fp32: borrowed where they lie so already.
-fn gather<'a>(t: &'a TensorRef, what: &str) -> Result<Cow<'a, [f32]>> {
+/// The words of a codec in a call, after its tensors: in this order, or by name.
+#[derive(FromPyObject)]
+#[pyo3(from_item_all)]
+struct Words {
+    codebook: String,
+    block: usize,
+    scale: String,
+    scale_dtype: String,
+    flat: bool,
+    #[pyo3(default = "low".into())]
+    order: String,
+}
+
+const WORDS: [&str; 6] = ["codebook", "block", "scale", "scale_dtype", "flat", "order"];
+
+/// The codec of a call.
+struct Codec {
+    spec: FlatSpec,
+    /// Whether blocks run across rows.
+    flat: bool,
+}
+
+impl Codec {
+    fn new(words: &Bound<'_, PyTuple>, named: Option<&Bound<'_, PyDict>>) -> PyResult<Self> {
+        let all = named.map_or_else(|| Ok(PyDict::new(words.py())), |named| named.copy())?;
+        for (name, value) in WORDS.iter().zip(words) {
+            all.set_item(name, value)?;
+        }
+        let given = words.len() + named.map_or(0, |named| named.len());
+        let known = WORDS.iter().filter(|name| all.contains(name).unwrap_or(false)).count();
+        if known != given {
+            return Err(PyTypeError::new_err(format!("codec: expected each of {WORDS:?} at most once, got {words} and {all}")));
+        }
+        let Words { codebook, block, scale, scale_dtype, flat, order } = all.extract()?;
+        Ok(Self { spec: spec(&codebook, block, &scale, &scale_dtype, &order)?, flat })
+    }
+
+    fn row(&self, shape: &[usize]) -> usize {
+        row(shape, self.flat)
+    }
+
+    /// Bytes of codes and of fields.
+    fn sizes(&self, shape: &[usize]) -> (usize, usize) {
+        let n = shape.iter().product();
+        (self.spec.codes_len(n), self.spec.fields_len(n, self.row(shape)))
+    }
+}
+
+/// All elements in row-major order as fp32.
+fn gather(t: &TensorRef, what: &str) -> Result<Vec<f32>> {
     let dtype = t.float(what)?;
     if t.is_empty() {
-        return Ok(Cow::Owned(Vec::new()));
-    }
-    let aligned = (t.data as usize).is_multiple_of(align_of::<f32>());
-    if dtype == Dtype::F32 && aligned && t.check_contiguous(what).is_ok() {
-        // SAFETY: contiguous, aligned, not empty, and alive while the borrow is.
-        return Ok(Cow::Borrowed(unsafe { std::slice::from_raw_parts(t.data.cast(), t.len()) }));
+        return Ok(Vec::new());
     }
     let size = dtype.bytes() as isize;
     let (dims, strides): (&[usize], &[isize]) = if t.shape.is_empty() { (&[1], &[1]) } else { (&t.shape, &t.strides) };
@@ -82,111 +120,76 @@ fn gather<'a>(t: &'a TensorRef, what: &str) -> Result<Cow<'a, [f32]>> {
             *o = dtype.read(unsafe { std::slice::from_raw_parts(t.data.offset(offset), size as usize) }) as f32;
         }
     }
-    Ok(Cow::Owned(out))
-}
-
-/// Elements of a piece that can be coded on its own: whole blocks that start on a byte. All `n` if rows do not allow it.
-fn piece_len(spec: &FlatSpec, n: usize, row: usize) -> usize {
-    match row {
-        _ if row == n => spec.block * (PIECE / spec.block).max(1),
-        _ if row.is_multiple_of(8) && row <= PIECE => row * (PIECE / row),
-        _ => n,
-    }
-}
-
-/// Converts and quantizes a contiguous tensor of another dtype than fp32, piece by piece, while a piece is in a core's cache.
-fn quantize_pieces(x: &[u8], dtype: Dtype, row: usize, spec: &FlatSpec, codes: &mut [u8], fields: &mut [u8]) -> Result<()> {
-    let n = x.len() / dtype.bytes();
-    let piece = piece_len(spec, n, row);
-    let (code_bytes, field_bytes) = (spec.codes_len(piece), spec.fields_len(piece, piece.min(row)));
-    let pieces = x.par_chunks(piece * dtype.bytes()).zip(codes.par_chunks_mut(code_bytes));
-    let pieces = pieces.zip(fields.par_chunks_mut(field_bytes)).enumerate();
-    let done = pieces.map_init(Vec::new, |wide, (i, ((x, codes), fields))| {
-        let len = x.len() / dtype.bytes();
-        wide.resize(len, 0f32);
-        dtype.read_f32(x, wide);
-        flat::quantize_into(wide, len.min(row), spec, codes, fields).map_err(|e| match e {
-            Error::NonFinite { what, index, got } => Error::NonFinite { what, index: i * piece + index, got },
-            other => other,
-        })
-    });
-    // In order, so that the first offending element is the one that is named.
-    done.collect::<Vec<Result<()>>>().into_iter().collect()
+    Ok(out)
 }
 
 /// Bytes of codes and fields for a tensor of `shape`.
 #[pyfunction]
+#[pyo3(signature = (shape, *words, **named), text_signature = "(shape, codebook, block, scale, scale_dtype, flat)")]
 pub(super) fn quantized_sizes(
     shape: Vec<usize>,
-    codebook: &str,
-    block: usize,
-    scale: &str,
-    scale_dtype: &str,
-    flat: bool,
+    words: &Bound<'_, PyTuple>,
+    named: Option<&Bound<'_, PyDict>>,
 ) -> PyResult<(usize, usize)> {
-    let spec = spec(codebook, block, scale, scale_dtype, "low")?;
-    let n = shape.iter().product();
-    Ok((spec.codes_len(n), spec.fields_len(n, row(&shape, flat))))
+    Ok(Codec::new(words, named)?.sizes(&shape))
 }
 
 /// Quantizes `x` into `codes` and `fields` (uint8).
 #[pyfunction]
-#[expect(clippy::too_many_arguments, reason = "the words of a codec")]
+#[pyo3(
+    signature = (x, codes, fields, *words, **named),
+    text_signature = "(x, codes, fields, codebook, block, scale, scale_dtype, flat, order)"
+)]
 pub(super) fn quantize(
     py: Python<'_>,
     x: &Bound<'_, PyAny>,
     codes: &Bound<'_, PyAny>,
     fields: &Bound<'_, PyAny>,
-    codebook: &str,
-    block: usize,
-    scale: &str,
-    scale_dtype: &str,
-    flat: bool,
-    order: &str,
+    words: &Bound<'_, PyTuple>,
+    named: Option<&Bound<'_, PyDict>>,
 ) -> PyResult<()> {
-    let spec = spec(codebook, block, scale, scale_dtype, order)?;
+    let codec = Codec::new(words, named)?;
     let x = Borrowed::new("x", x)?;
     let (codes, fields) = (Borrowed::new("codes", codes)?, Borrowed::new("fields", fields)?);
-    let (n, row) = (x.tensor.len(), row(&x.tensor.shape, flat));
-    let targets = (byte_output(&codes, "codes", spec.codes_len(n))?, byte_output(&fields, "fields", spec.fields_len(n, row))?);
+    let (n, row, sizes) = (x.tensor.len(), codec.row(&x.tensor.shape), codec.sizes(&x.tensor.shape));
+    let targets = (byte_output(&codes, "codes", sizes.0)?, byte_output(&fields, "fields", sizes.1)?);
     let tensor = SendRef(&x.tensor);
     py.detach(move || -> Result<()> {
         let tensor = tensor.get();
         let dtype = tensor.float("x")?;
         // SAFETY: `byte_output` checked both; their capsules outlive this call.
         let (codes, fields) = unsafe { (output_bytes(targets.0.0, targets.0.1), output_bytes(targets.1.0, targets.1.1)) };
-        if n > 0 && dtype != Dtype::F32 && tensor.check_contiguous("x").is_ok() {
+        if n > 0 && tensor.check_contiguous("x").is_ok() {
             // SAFETY: contiguous, not empty, and alive while the call is.
             let x = unsafe { std::slice::from_raw_parts(tensor.data, n * dtype.bytes()) };
-            return quantize_pieces(x, dtype, row, &spec, codes, fields);
+            return flat::quantize_bytes(x, dtype, row, &codec.spec, codes, fields);
         }
-        flat::quantize_into(&gather(tensor, "x")?, row, &spec, codes, fields)
+        flat::quantize_into(&gather(tensor, "x")?, row, &codec.spec, codes, fields)
     })?;
     Ok(())
 }
 
 /// Dequantizes `codes` and `fields` into `out`.
 #[pyfunction]
-#[expect(clippy::too_many_arguments, reason = "the words of a codec")]
+#[pyo3(
+    signature = (codes, fields, out, *words, **named),
+    text_signature = "(codes, fields, out, codebook, block, scale, scale_dtype, flat, order)"
+)]
 pub(super) fn dequantize(
     py: Python<'_>,
     codes: &Bound<'_, PyAny>,
     fields: &Bound<'_, PyAny>,
     out: &Bound<'_, PyAny>,
-    codebook: &str,
-    block: usize,
-    scale: &str,
-    scale_dtype: &str,
-    flat: bool,
-    order: &str,
+    words: &Bound<'_, PyTuple>,
+    named: Option<&Bound<'_, PyDict>>,
 ) -> PyResult<()> {
-    let spec = spec(codebook, block, scale, scale_dtype, order)?;
+    let codec = Codec::new(words, named)?;
     let (codes, fields) = (Borrowed::new("codes", codes)?, Borrowed::new("fields", fields)?);
     let out = Borrowed::new("out", out)?;
     out.tensor.check_output("out", &out.tensor.shape.clone())?;
     let dtype = out.tensor.float("out")?;
-    let (n, row) = (out.tensor.len(), row(&out.tensor.shape, flat));
-    let sources = (byte_input(&codes, "codes", spec.codes_len(n))?, byte_input(&fields, "fields", spec.fields_len(n, row))?);
+    let (n, row, sizes) = (out.tensor.len(), codec.row(&out.tensor.shape), codec.sizes(&out.tensor.shape));
+    let sources = (byte_input(&codes, "codes", sizes.0)?, byte_input(&fields, "fields", sizes.1)?);
     let target = out.tensor.data as usize;
     py.detach(move || -> Result<()> {
         // SAFETY: `byte_input` and `check_output` checked all three; their capsules outlive this call.
@@ -197,26 +200,7 @@ pub(super) fn dequantize(
                 output_bytes(target, n * dtype.bytes()),
             )
         };
-        if n > 0 && dtype == Dtype::F32 && target.is_multiple_of(align_of::<f32>()) {
-            // SAFETY: aligned fp32 of this length, writable as above, not empty.
-            let out = unsafe { std::slice::from_raw_parts_mut(bytes.as_mut_ptr().cast::<f32>(), n) };
-            return flat::dequantize(codes, fields, n, row, &spec, out);
-        }
-        if n == 0 {
-            return Ok(());
-        }
-        let piece = piece_len(&spec, n, row);
-        let (code_bytes, field_bytes) = (spec.codes_len(piece), spec.fields_len(piece, piece.min(row)));
-        bytes.par_chunks_mut(piece * dtype.bytes()).enumerate().try_for_each_init(Vec::new, |wide, (i, bytes)| {
-            let len = bytes.len() / dtype.bytes();
-            wide.resize(len, 0f32);
-            let codes = &codes[i * code_bytes..][..spec.codes_len(len)];
-            let fields = &fields[i * field_bytes..][..spec.fields_len(len, len.min(row))];
-            flat::dequantize(codes, fields, len, len.min(row), &spec, wide)?;
-            dtype.write_f32(bytes, wide);
-            Ok(())
-        })?;
-        Ok(())
+        flat::dequantize_bytes(codes, fields, row, &codec.spec, dtype, bytes)
     })?;
     Ok(())
 }
