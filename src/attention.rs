@@ -15,7 +15,11 @@ mod avx2;
 mod codes;
 mod fast;
 #[cfg(target_arch = "x86_64")]
+mod integers;
+#[cfg(target_arch = "x86_64")]
 mod lanes;
+#[cfg(target_arch = "x86_64")]
+mod lay;
 mod math;
 mod oracle;
 #[cfg(test)]

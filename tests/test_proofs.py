@@ -56,7 +56,11 @@ def dense(layer: Any) -> tuple[int, int, int]:
 def test_recorded_tensors_give_the_same_codes_and_attention(
     name: str, replayed: tuple[int, ...] | None, ids: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """q, k and v of every layer from a real forward, replayed through plain.py."""
+    """q, k and v of every layer from a real forward, replayed through plain.py.
+
+    Codes are equal bit for bit. Attention of few queries may multiply in 16-bit integers, and
+    differs by that.
+    """
     calls: dict[int, list[list[Any]]] = {}
     update, attend = NqkvLayer.update, NqkvLayer.attend
 
@@ -88,7 +92,7 @@ def test_recorded_tensors_give_the_same_codes_and_attention(
             expected, _ = plain.attention(q[0], keys, values, scale)
             error = np.abs(out[0] - expected).max() / max(1.0, np.abs(values).max())
             worst = max(worst, error)
-            assert error < 1e-5, f"layer {i}: {error:.2e} after {want.tokens()} tokens"
+            assert error < 1e-4, f"layer {i}: {error:.2e} after {want.tokens()} tokens"
         rows = np.concatenate([x.numpy() for x in layer.pool])
         table = layer.cache.core.table(0)
         assert [n for _, n in table] == [n for _, n in want.sequences[0].pages]

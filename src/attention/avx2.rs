@@ -89,12 +89,11 @@ fn exp(x: __m256) -> __m256 {
     let n = _mm256_sub_ps(shifted, magic);
     let r = _mm256_sub_ps(clamped, _mm256_mul_ps(n, all(0.693_359_4)));
     let r = _mm256_sub_ps(r, _mm256_mul_ps(n, all(-2.121_944_4e-4)));
-    let step = |p: __m256, c: f32| _mm256_add_ps(all(c), _mm256_mul_ps(r, p));
-    let mut p = step(all(1.0 / 5040.0), 1.0 / 720.0);
-    for c in [1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5] {
-        p = step(p, c);
-    }
-    let p = _mm256_add_ps(all(1.0), _mm256_add_ps(r, _mm256_mul_ps(_mm256_mul_ps(r, r), p)));
+    let s = _mm256_mul_ps(r, r);
+    let pair = |c: f32, d: f32| _mm256_add_ps(all(c), _mm256_mul_ps(r, all(d)));
+    let (a, b, c) = (pair(0.5, 1.0 / 6.0), pair(1.0 / 24.0, 1.0 / 120.0), pair(1.0 / 720.0, 1.0 / 5040.0));
+    let p = _mm256_add_ps(a, _mm256_mul_ps(s, _mm256_add_ps(b, _mm256_mul_ps(s, c))));
+    let p = _mm256_add_ps(all(1.0), _mm256_add_ps(r, _mm256_mul_ps(s, p)));
     let bits = _mm256_sub_epi32(_mm256_castps_si256(shifted), _mm256_castps_si256(magic));
     let power = _mm256_slli_epi32::<23>(_mm256_add_epi32(bits, _mm256_set1_epi32(127)));
     _mm256_andnot_ps(low, _mm256_mul_ps(p, _mm256_castsi256_ps(power)))

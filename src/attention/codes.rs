@@ -65,7 +65,7 @@ fn nibbles(words: __m256i) -> [__m256i; 2] {
     [_mm256_and_si256(words, mask), _mm256_and_si256(_mm256_srli_epi16::<4>(words), mask)]
 }
 
-/// Products of `C` queries with the 64 tokens of some slabs, one for each of `books`, in lane places. `q` is
+/// Products of `C` queries with the 64 tokens of some slabs, one for each of `books`, in places. `q` is
 /// `[slab][half][c%2][C]` for each of four `n / 16`. Fetches the 512 bytes per slab at `next` on the way.
 ///
 /// # Safety
@@ -76,7 +76,7 @@ pub(super) unsafe fn key_page<const C: usize>(
     next: *const u8,
     books: &[Book],
     q: [*const Lane; 4],
-    out: &mut [[f32; 64]],
+    out: &mut [[f32; 64]; 4],
 ) {
     for row in 0..8 {
         // SAFETY: row < 8, and the caller's bounds.
@@ -100,7 +100,7 @@ unsafe fn key_row<const C: usize, const UPPER: bool>(
     books: &[Book],
     q: [*const Lane; 2],
     row: usize,
-    out: &mut [[f32; 64]],
+    out: &mut [[f32; 64]; 4],
 ) {
     let mut sum = [[_mm256_setzero_ps(); C]; 2];
     for (slab, book) in books.iter().enumerate() {
@@ -126,12 +126,12 @@ unsafe fn key_row<const C: usize, const UPPER: bool>(
             }
         }
     }
-    let first = 8 * (row / 4) + 4 * (row % 2) + 2 * (row / 2 % 2) + if UPPER { 32 } else { 0 };
+    let first = 8 * row + if UPPER { 4 } else { 0 };
     for (i, sum) in sum.iter().enumerate() {
         for (s, out) in sum.iter().zip(out.iter_mut()) {
             let s = _mm_add_ps(_mm256_castps256_ps128(*s), _mm256_extractf128_ps::<1>(*s));
             let s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-            let to = &mut out[first + 16 * i..][..2];
+            let to = &mut out[first + 2 * i..][..2];
             // SAFETY: two elements.
             unsafe { _mm_storel_epi64(to.as_mut_ptr().cast(), _mm_castps_si128(s)) };
         }

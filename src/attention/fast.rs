@@ -1,6 +1,8 @@
-//! The fast path: which unit does what, softmax over a run, and the merge of runs.
+//! The fast path: which task does what, softmax over a run, and the merge of runs.
 
+use std::cell::RefCell;
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use rayon::prelude::*;
 
@@ -8,7 +10,10 @@ use super::math::{Product, Simd, exp, exp_sum, max, soft_cap};
 use super::tile::{self, Scratch, Tables};
 use super::{Plan, Source, Tile};
 #[cfg(target_arch = "x86_64")]
-use super::{codes::Book, lanes::Half};
+use super::{
+    integers::GROUP,
+    lanes::{Books, Half, Lanes, token_of_place},
+};
 use crate::page::{PAGE_TOKENS, Side};
 use crate::tensor::Dtype;
 
@@ -18,8 +23,11 @@ const FEW_COLUMNS: usize = 16;
 const RUN_TILES: [usize; 2] = [16, 4];
 /// Columns of a unit if there are many: what shares one decode of a tile.
 const UNIT_COLUMNS: usize = 256;
+/// Tasks of a unit.
+const UNIT_TASKS: usize = 8;
 
 /// What a run gives for each of its columns.
+#[derive(Default)]
 struct Partial {
     max: Vec<f32>,
     sum: Vec<f32>,
@@ -34,69 +42,96 @@ struct Unit {
     columns: Range<usize>,
 }
 
-/// Scratch of a worker.
+/// Neighbouring runs of a unit: what one thread does.
+struct Task {
+    unit: usize,
+    tiles: Range<usize>,
+}
+
+/// Scratch of a thread.
 #[derive(Default)]
 struct Room {
+    /// Call and unit whose queries are laid out here.
+    begun: Option<(u64, usize)>,
+    /// Queries, `[columns][dim]`, scaled.
+    q: Vec<f32>,
+    bytes: Vec<u8>,
     tile: Scratch,
     scores: Vec<f32>,
+    run: Partial,
     #[cfg(target_arch = "x86_64")]
-    lanes: super::lanes::Lanes,
+    lanes: Lanes,
+}
+
+thread_local! {
+    /// Kept from call to call: a decoding step is too short to allocate much.
+    static ROOM: RefCell<Room> = RefCell::default();
 }
 
 struct Kernel<'a> {
     plan: &'a Plan<'a>,
     simd: Simd,
-    key: Tables<'a>,
-    value: Tables<'a>,
-    /// Codes of keys, of values are read in place.
-    in_place: (bool, bool),
+    /// Tells calls apart.
+    call: u64,
+    units: Vec<Unit>,
+    /// Of keys, of values; absent where codes are read in place.
+    tables: (Option<Tables<'a>>, Option<Tables<'a>>),
+    #[cfg(target_arch = "x86_64")]
+    books: Option<Books>,
     run_tiles: usize,
 }
 
 pub(super) fn attend(plan: &Plan, simd: Simd, out: &mut [f32], mut lse: Option<&mut [f32]>) {
+    static CALLS: AtomicU64 = AtomicU64::new(0);
     let all = plan.group * plan.count;
     if all == 0 || plan.batch == 0 {
         return;
     }
     let few = all <= FEW_COLUMNS;
     let codec = plan.cache.codec();
-    let kernel = Kernel {
+    let in_place = if few { in_place(plan, simd) } else { (false, false) };
+    let mut kernel = Kernel {
         plan,
         simd,
-        key: Tables::new(&codec.key),
-        value: Tables::new(&codec.value),
-        in_place: if few { in_place(plan, simd) } else { (false, false) },
+        call: CALLS.fetch_add(1, Ordering::Relaxed),
+        units: Vec::new(),
+        tables: ((!in_place.0).then(|| Tables::new(&codec.key)), (!in_place.1).then(|| Tables::new(&codec.value))),
+        #[cfg(target_arch = "x86_64")]
+        books: (in_place.0 || in_place.1).then(|| Books::new(&codec.key, &codec.value)),
         run_tiles: RUN_TILES[usize::from(!few)],
     };
-    let mut units = Vec::new();
     for (b, h) in (0..plan.batch).flat_map(|b| (0..plan.heads).map(move |h| (b, h))) {
         for first in (0..all).step_by(UNIT_COLUMNS) {
-            units.push(Unit { b, h, columns: first..all.min(first + UNIT_COLUMNS) });
+            kernel.units.push(Unit { b, h, columns: first..all.min(first + UNIT_COLUMNS) });
         }
     }
-    // Merging is a left fold over runs, wherever they are computed: the split below does not change a bit.
-    let enough = units.len() >= 4 * rayon::current_num_threads();
-    let done: Vec<Option<Partial>> =
-        units.par_iter().map_init(Room::default, |room, unit| kernel.unit(unit, enough, room)).collect();
-    let (stored, dim) = (codec.value.layout.stored, plan.value_dim);
-    for (unit, partial) in units.iter().zip(&done) {
-        for (i, c) in unit.columns.clone().enumerate() {
-            let row = plan.row(unit.b, c / plan.group, unit.h * plan.group + c % plan.group);
-            let to = &mut out[row * dim..][..dim];
-            let (mut log, mut scale) = (f32::NEG_INFINITY, 0.0);
-            if let Some(p) = partial.as_ref().filter(|p| p.sum[i] != 0.0) {
-                scale = 1.0 / p.sum[i];
-                log = p.max[i] + p.sum[i].ln();
-                to.iter_mut().zip(&p.acc[i * stored..]).for_each(|(o, a)| *o = a * scale);
-            }
-            if scale == 0.0 {
-                to.fill(0.0);
-            }
-            if let Some(lse) = lse.as_deref_mut() {
-                lse[row] = log;
-            }
-        }
+    // Cut by the lengths of sequences alone, so that no bit depends on threads or on what else is in the batch.
+    let mut tasks = Vec::new();
+    for unit in 0..kernel.units.len() {
+        let tiles = kernel.reach(&kernel.units[unit]);
+        let runs = tiles.len().div_ceil(kernel.run_tiles);
+        let step = kernel.run_tiles * runs.div_ceil(UNIT_TASKS).max(1);
+        tasks.extend(tiles.clone().step_by(step).map(|at| Task { unit, tiles: at..tiles.end.min(at + step) }));
     }
+    let mut done: Vec<Partial> = tasks.par_iter().map(|task| ROOM.with_borrow_mut(|room| kernel.task(task, room))).collect();
+    let stored = codec.value.layout.stored;
+    let mut next = 0;
+    for (u, unit) in kernel.units.iter().enumerate() {
+        let count = tasks[next..].iter().take_while(|t| t.unit == u).count();
+        let (first, later) = done[next..next + count].split_at_mut(count.min(1));
+        next += count;
+        let total = first.first_mut();
+        let total = total.map(|total| {
+            later.iter().for_each(|p| total.merge(p, stored));
+            &*total
+        });
+        kernel.write(unit, total, out, lse.as_deref_mut());
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn token_of_place(p: usize) -> usize {
+    p
 }
 
 /// Whether the codes of keys, of values can be read in place.
@@ -108,11 +143,6 @@ fn in_place(plan: &Plan, simd: Simd) -> (bool, bool) {
     }
     let _ = (plan, simd);
     (false, false)
-}
-
-/// Token at lane place `p`: `n/16`, then `n%8 / 4`, `n % 2`, `n/2 % 2`, `n/8 % 2`.
-pub(super) fn token_of_place(p: usize) -> usize {
-    p / 16 * 16 + 8 * (p % 2) + 4 * (p / 8 % 2) + 2 * (p / 2 % 2) + p / 4 % 2
 }
 
 impl Partial {
@@ -135,79 +165,109 @@ impl Partial {
 }
 
 impl Kernel<'_> {
-    /// All runs of a unit; `None` if it attends nothing.
-    fn unit(&self, unit: &Unit, alone: bool, room: &mut Room) -> Option<Partial> {
-        let plan = self.plan;
+    /// Indices of the tiles that a unit attends.
+    fn reach(&self, unit: &Unit) -> Range<usize> {
+        let (plan, tiles) = (self.plan, &self.plan.tiles[unit.b]);
         let first = plan.bounds(unit.b, unit.columns.start / plan.group).0;
         let end = plan.bounds(unit.b, (unit.columns.end - 1) / plan.group).1;
-        let tiles: Vec<Tile> =
-            plan.tiles[unit.b].iter().filter(|t| t.start < end && t.start + t.count > first).copied().collect();
-        let stored = plan.cache.codec().value.layout.stored;
-        let fold = |mut a: Partial, b: Partial| {
-            a.merge(&b, stored);
-            a
-        };
-        let runs = tiles.chunks(self.run_tiles);
-        if alone || tiles.len() <= self.run_tiles {
-            return runs.map(|run| self.run(unit, run, room)).reduce(fold);
-        }
-        let parts: Vec<Partial> =
-            tiles.par_chunks(self.run_tiles).map_init(Room::default, |room, run| self.run(unit, run, room)).collect();
-        parts.into_iter().reduce(fold)
+        let from = tiles.partition_point(|t| t.start + t.count <= first);
+        from..tiles.partition_point(|t| t.start < end).max(from)
     }
 
-    /// One run: scores of all its tiles, softmax, values.
-    fn run(&self, unit: &Unit, tiles: &[Tile], room: &mut Room) -> Partial {
+    /// Writes the result of a unit; zeros where nothing was attended.
+    fn write(&self, unit: &Unit, total: Option<&Partial>, out: &mut [f32], mut lse: Option<&mut [f32]>) {
+        let (plan, dim) = (self.plan, self.plan.value_dim);
+        let stored = plan.cache.codec().value.layout.stored;
+        for (i, c) in unit.columns.clone().enumerate() {
+            let row = plan.row(unit.b, c / plan.group, unit.h * plan.group + c % plan.group);
+            let to = &mut out[row * dim..][..dim];
+            let mut log = f32::NEG_INFINITY;
+            match total.filter(|p| p.sum[i] != 0.0) {
+                Some(p) => {
+                    let scale = 1.0 / p.sum[i];
+                    log = p.max[i] + p.sum[i].ln();
+                    to.iter_mut().zip(&p.acc[i * stored..]).for_each(|(o, a)| *o = a * scale);
+                }
+                None => to.fill(0.0),
+            }
+            if let Some(lse) = lse.as_deref_mut() {
+                lse[row] = log;
+            }
+        }
+    }
+
+    /// All runs of a task.
+    fn task(&self, task: &Task, room: &mut Room) -> Partial {
+        let (plan, unit) = (self.plan, &self.units[task.unit]);
+        let codec = plan.cache.codec();
+        if room.begun != Some((self.call, task.unit)) {
+            room.begun = None;
+            room.q.resize(unit.columns.len() * plan.key_dim, 0.0);
+            for (c, row) in unit.columns.clone().zip(room.q.chunks_exact_mut(plan.key_dim)) {
+                let head = unit.h * plan.group + c % plan.group;
+                plan.queries.q.row_f32(unit.b, head, c / plan.group, Dtype::F32, &mut room.bytes, row);
+                row.iter_mut().for_each(|x| *x *= plan.queries.scale as f32);
+            }
+            #[cfg(target_arch = "x86_64")]
+            if let Some(books) = &self.books {
+                let in_place = (self.tables.0.is_none(), self.tables.1.is_none());
+                room.lanes.begin(&codec.key, &codec.value, unit.h, &room.q, books, in_place);
+            }
+            room.begun = Some((self.call, task.unit));
+        }
+        let mut total: Option<Partial> = None;
+        for run in plan.tiles[unit.b][task.tiles.clone()].chunks(self.run_tiles) {
+            self.run(unit, run, room);
+            match &mut total {
+                Some(total) => total.merge(&room.run, codec.value.layout.stored),
+                None => total = Some(std::mem::take(&mut room.run)),
+            }
+        }
+        total.expect("a task has tiles")
+    }
+
+    /// One run, into `room.run`: scores of all its tiles, softmax, values.
+    fn run(&self, unit: &Unit, tiles: &[Tile], room: &mut Room) {
         let (plan, simd) = (self.plan, self.simd);
         let codec = plan.cache.codec();
         let (b, h, columns) = (unit.b, unit.h, unit.columns.len());
-        let (dim, stored, width) = (plan.key_dim, codec.value.layout.stored, tiles.len() * PAGE_TOKENS);
-        let mut q = vec![0f32; columns * dim];
-        let mut bytes = Vec::new();
-        for (c, row) in unit.columns.clone().zip(q.chunks_exact_mut(dim)) {
-            let head = h * plan.group + c % plan.group;
-            plan.queries.q.row_f32(b, head, c / plan.group, Dtype::F32, &mut bytes, row);
-            row.iter_mut().for_each(|x| *x *= plan.queries.scale as f32);
-        }
-        room.scores.clear();
+        let (dim, width) = (plan.key_dim, tiles.len() * PAGE_TOKENS);
+        // Every score is written below; what is masked may be anything.
         room.scores.resize(columns * width, 0.0);
-        let scores = &mut room.scores;
-        #[cfg(target_arch = "x86_64")]
-        room.lanes.begin(&codec.key, &codec.value, h, &q, self.in_place);
-        let keys = |scratch: &Scratch, at: usize, scores: &mut [f32]| {
-            let (a, b) = (&q[..], &scratch.tile[..]);
-            let p = Product { a, a_stride: dim, b, b_stride: 64, c_stride: width, rows: columns, depth: dim, width: 64 };
-            p.run(simd, &mut scores[at..]);
-        };
-        #[cfg(target_arch = "x86_64")]
-        let books: Vec<Book> = self.key.sixteens().iter().map(Book::new).collect();
-        let pages = |from: usize| {
-            tiles[from..].iter().filter_map(|t| match t.source {
-                Source::Page(p) => Some(codec.halves(plan.views[b].pages[p].0, h)),
-                _ => None,
-            })
-        };
         for (i, tile) in tiles.iter().enumerate() {
             let at = i * PAGE_TOKENS;
-            if let Source::Page(p) = tile.source {
-                let half = codec.halves(plan.views[b].pages[p].0, h).0;
+            match (tile.source, &self.tables.0) {
                 #[cfg(target_arch = "x86_64")]
-                if self.in_place.0 {
+                (Source::Page(p), None) => {
+                    let rows = &plan.views[b].pages;
                     // After the last keys come the first values.
-                    let next = pages(i + 1).next().map(|half| half.0).or(pages(0).next().map(|half| half.1));
-                    let half = Half { bytes: half, count: tile.count, next: next.unwrap_or(half) };
-                    room.lanes.keys(&codec.key, &half, &books, &mut scores[at..], width);
+                    let next = match tiles.get(i + 1).map(|t| t.source) {
+                        Some(Source::Page(p)) => codec.halves(rows[p].0, h).0,
+                        _ => tiles.iter().find_map(|t| self.half(unit, t, Side::Value)).unwrap_or_default(),
+                    };
+                    let half = Half { bytes: codec.halves(rows[p].0, h).0, count: tile.count, next };
+                    room.lanes.keys(&codec.key, &half, &mut room.scores[at..], width);
                     continue;
                 }
-                tile::keys(simd, &self.key, half, h, tile.count, &mut room.tile);
-            } else {
-                tile::exact(plan, b, h, tile, Side::Key, &mut room.tile);
+                (Source::Page(p), tables) => {
+                    let half = codec.halves(plan.views[b].pages[p].0, h).0;
+                    let tables = tables.as_ref().expect("codes in place are only read on x86");
+                    tile::keys(simd, tables, half, h, tile.count, &mut room.tile);
+                }
+                _ => tile::exact(plan, b, h, tile, Side::Key, &mut room.tile),
             }
-            keys(&room.tile, at, scores);
+            for row in room.scores[at..].chunks_mut(width).take(columns) {
+                row[..PAGE_TOKENS].fill(0.0);
+            }
+            let (a, b) = (&room.q[..], &room.tile.tile[..]);
+            let p = Product { a, a_stride: dim, b, b_stride: 64, c_stride: width, rows: columns, depth: dim, width: 64 };
+            p.run(simd, &mut room.scores[at..]);
         }
-        let mut partial = Partial { max: vec![f32::NEG_INFINITY; columns], sum: vec![0.0; columns], acc: Vec::new() };
+        let partial = &mut room.run;
+        partial.max.clear();
+        partial.sum.clear();
         for (i, c) in unit.columns.clone().enumerate() {
-            let row = &mut scores[i * width..][..width];
+            let row = &mut room.scores[i * width..][..width];
             if let Some(cap) = plan.queries.soft_cap {
                 soft_cap(simd, row, cap as f32);
             }
@@ -215,81 +275,90 @@ impl Kernel<'_> {
             for (tile, row) in tiles.iter().zip(row.chunks_exact_mut(PAGE_TOKENS)) {
                 let attended = first.saturating_sub(tile.start)..end.saturating_sub(tile.start).min(tile.count);
                 if attended != (0..PAGE_TOKENS) {
-                    let lanes = self.in_place.0 && matches!(tile.source, Source::Page(_));
+                    let places = self.tables.0.is_none() && matches!(tile.source, Source::Page(_));
                     for (p, s) in row.iter_mut().enumerate() {
-                        let n = if lanes { token_of_place(p) } else { p };
+                        let n = if places { token_of_place(p) } else { p };
                         // Chosen, not multiplied: a slot beyond the count may hold anything.
                         *s = if attended.contains(&n) { *s } else { f32::NEG_INFINITY };
                     }
                 }
             }
-            partial.max[i] = max(simd, row);
-            if partial.max[i] == f32::NEG_INFINITY {
+            let top = max(simd, row);
+            partial.max.push(top);
+            if top == f32::NEG_INFINITY {
                 row.fill(0.0);
+                partial.sum.push(0.0);
             } else {
-                partial.sum[i] = exp_sum(simd, row, partial.max[i]);
+                partial.sum.push(exp_sum(simd, row, top));
             }
         }
-        partial.acc = vec![0.0; columns * stored];
-        self.values(unit, tiles, room, width, &mut partial.acc);
-        partial
+        self.values(unit, tiles, room, width);
     }
 
-    /// Adds the values of a run, weighted with what stands in `room.scores`, to `acc`.
-    fn values(&self, unit: &Unit, tiles: &[Tile], room: &mut Room, width: usize, acc: &mut [f32]) {
+    /// The keys' or values' half of a tile that is a page.
+    fn half(&self, unit: &Unit, tile: &Tile, side: Side) -> Option<&[u8]> {
+        let Source::Page(p) = tile.source else { return None };
+        let (k, v) = self.plan.cache.codec().halves(self.plan.views[unit.b].pages[p].0, unit.h);
+        Some(if side == Side::Key { k } else { v })
+    }
+
+    /// Values of a run, weighted with what stands in `room.scores`, into `room.run.acc`.
+    fn values(&self, unit: &Unit, tiles: &[Tile], room: &mut Room, width: usize) {
         let (plan, simd, columns) = (self.plan, self.simd, unit.columns.len());
         let codec = plan.cache.codec();
         let (b, h, stored) = (unit.b, unit.h, codec.value.layout.stored);
-        let mut natural = Vec::new();
-        #[cfg(target_arch = "x86_64")]
-        let book = Book::new(&self.value.sixteens()[0]);
-        for (i, tile) in tiles.iter().enumerate() {
-            let (mut at, mut stride) = (i * PAGE_TOKENS, width);
-            let mut weights = &mut room.scores;
-            if let Source::Page(p) = tile.source {
-                let half = codec.halves(plan.views[b].pages[p].0, h).1;
-                if self.in_place.0 != self.in_place.1 {
-                    // Weights stand in the order of one reader and go to the other.
-                    natural.resize(columns * PAGE_TOKENS, 0.0);
-                    for c in 0..columns {
-                        for place in 0..PAGE_TOKENS {
-                            let (from, to) =
-                                if self.in_place.0 { (place, token_of_place(place)) } else { (token_of_place(place), place) };
-                            natural[c * PAGE_TOKENS + to] = weights[c * width + at + from];
-                        }
+        room.run.acc.clear();
+        room.run.acc.resize(columns * stored, 0.0);
+        if self.tables.0.is_none() != self.tables.1.is_none() {
+            // Weights stand in the order of one reader and go to the other.
+            let pages = tiles.iter().enumerate().filter(|(_, t)| matches!(t.source, Source::Page(_)));
+            for (row, (i, _)) in pages.flat_map(|p| (0..columns).map(move |row| (row, p))) {
+                let row = &mut room.scores[row * width + i * PAGE_TOKENS..][..PAGE_TOKENS];
+                let from: [f32; PAGE_TOKENS] = (&*row).try_into().expect("64 weights");
+                for p in 0..PAGE_TOKENS {
+                    match self.tables.0 {
+                        None => row[token_of_place(p)] = from[p],
+                        Some(_) => row[p] = from[token_of_place(p)],
                     }
-                    (at, stride, weights) = (0, PAGE_TOKENS, &mut natural);
                 }
+            }
+        }
+        let mut i = 0;
+        while i < tiles.len() {
+            let (tile, at) = (&tiles[i], i * PAGE_TOKENS);
+            match (self.half(unit, tile, Side::Value), &self.tables.1) {
                 #[cfg(target_arch = "x86_64")]
-                if self.in_place.1 {
-                    let next = tiles[i + 1..].iter().find_map(|t| match t.source {
-                        Source::Page(p) => Some(codec.halves(plan.views[b].pages[p].0, h).1),
-                        _ => None,
-                    });
-                    let half = Half { bytes: half, count: tile.count, next: next.unwrap_or(half) };
-                    room.lanes.values(&codec.value, &half, &book, &weights[at..], stride);
+                (Some(bytes), None) => {
+                    let mut halves = [Half { bytes, count: tile.count, next: &[] }; GROUP];
+                    let mut count = 0;
+                    for (j, to) in halves.iter_mut().enumerate() {
+                        let Some((tile, bytes)) = tiles.get(i + j).and_then(|t| Some((t, self.half(unit, t, Side::Value)?)))
+                        else {
+                            break;
+                        };
+                        let next = tiles.get(i + j + GROUP).and_then(|t| self.half(unit, t, Side::Value)).unwrap_or_default();
+                        (*to, count) = (Half { bytes, count: tile.count, next }, j + 1);
+                    }
+                    let books = self.books.as_ref().expect("books for codes read in place");
+                    room.lanes.values(&codec.value, &halves[..count], books, &room.scores[at..], width);
+                    i += count;
                     continue;
                 }
-                tile::values(simd, &self.value, half, h, tile.count, &mut room.tile);
-            } else {
-                tile::exact(plan, b, h, tile, Side::Value, &mut room.tile);
+                (Some(half), tables) => {
+                    let tables = tables.as_ref().expect("codes in place are only read on x86");
+                    tile::values(simd, tables, half, h, tile.count, &mut room.tile);
+                }
+                _ => tile::exact(plan, b, h, tile, Side::Value, &mut room.tile),
             }
-            let (a, b) = (&weights[at..], &room.tile.tile[..]);
-            let p = Product {
-                a,
-                a_stride: stride,
-                b,
-                b_stride: stored,
-                c_stride: stored,
-                rows: columns,
-                depth: tile.count,
-                width: stored,
-            };
-            p.run(simd, acc);
+            let (a, b) = (&room.scores[at..], &room.tile.tile[..]);
+            let (a_stride, rows, depth) = (width, columns, tile.count);
+            let p = Product { a, a_stride, b, b_stride: stored, c_stride: stored, rows, depth, width: stored };
+            p.run(simd, &mut room.run.acc);
+            i += 1;
         }
         #[cfg(target_arch = "x86_64")]
-        if self.in_place.1 {
-            room.lanes.finish(acc);
+        if self.tables.1.is_none() {
+            room.lanes.finish(&mut room.run.acc);
         }
     }
 }

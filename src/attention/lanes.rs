@@ -1,18 +1,27 @@
-//! 4-bit codes read where they lie, for few query columns: eight 32-bit words of a slab at a time.
+//! 4-bit codes read where they lie, for few query columns, by integers ([`super::integers`]) or, where 16 bits are too few for a
+//! page's numbers, in fp32 ([`super::codes`]). The choice depends on the numbers of the page (the pages) alone.
 //!
-//! Scores stand in **lane places**: the order in which values want their weights ([`token_of_place`]).
+//! Scores stand in **places**: the order of per-token fields in a page ([`token_of_place`]).
 
 use std::arch::x86_64::*;
+use std::sync::Arc;
 
-use super::codes::{Book, Lane, SLAB, key_page, value_page};
-use super::fast::token_of_place;
+use super::codes::{self, Book, Lane, SLAB};
+use super::integers::{self, GROUP, Levels, Score};
+use super::lay;
 use super::math::Simd;
 use super::tile::{read_fields, widen};
-use crate::page::{FieldAxis, PAGE_TOKENS, SLAB_CHANNELS};
+use crate::page::{FieldAxis, PAGE_TOKENS, SLAB_CHANNELS, SideLayout};
 use crate::seal::SideCodec;
 
 /// Columns that share one decode: what the 16 registers hold.
-const SHARED: usize = 4;
+pub(super) const SHARED: usize = 4;
+
+/// Token at place `p`: `n % 8` outside `n / 8`.
+pub(super) fn token_of_place(p: usize) -> usize {
+    p / 8 + 8 * (p % 8)
+}
+
 /// Whether the keys' codes can be read in place: at most 4 bits, and no block border inside a slab.
 pub(super) fn reads_keys(codec: &SideCodec, heads: usize) -> bool {
     let whole = |h: usize, slab: usize| {
@@ -33,12 +42,115 @@ pub(super) fn reads_values(codec: &SideCodec) -> bool {
 }
 
 /// One half of a page to read.
+#[derive(Clone, Copy)]
 pub(super) struct Half<'a> {
     pub(super) bytes: &'a [u8],
     /// Valid tokens.
     pub(super) count: usize,
     /// The half that is read after this one, or itself.
     pub(super) next: &'a [u8],
+}
+
+/// Levels in both forms, of each slab of keys and of the values.
+pub(super) struct Books {
+    key: Vec<(Book, Arc<Levels>)>,
+    value: (Book, Arc<Levels>),
+}
+
+impl Books {
+    pub(super) fn new(key: &SideCodec, value: &SideCodec) -> Self {
+        let both = |codec: &SideCodec, slab: usize| {
+            let mut levels = [0f32; 16];
+            if let Some(book) = codec.books[slab].as_deref() {
+                // Wider books are not read in place.
+                levels.iter_mut().zip(book.levels()).for_each(|(to, l)| *to = *l);
+            }
+            (Book::new(&levels), Levels::of(&levels))
+        };
+        let key = (0..key.books.len()).map(|slab| both(key, slab)).collect();
+        Self { key, value: both(value, 0) }
+    }
+}
+
+/// Calls a function for a count of columns, 1 to [`SHARED`].
+macro_rules! by_columns {
+    ($count:expr, $module:ident :: $name:ident $(, $split:literal)? ($($arg:expr),*)) => {
+        match $count {
+            1 => $module::$name::<1 $(, $split)?>($($arg),*),
+            2 => $module::$name::<2 $(, $split)?>($($arg),*),
+            3 => $module::$name::<3 $(, $split)?>($($arg),*),
+            _ => $module::$name::<4 $(, $split)?>($($arg),*),
+        }
+    };
+}
+
+/// Everything that a run of one head keeps.
+#[derive(Default)]
+pub(super) struct Lanes {
+    columns: usize,
+    /// Queries, `[column][stored]`, channels in the order of per-channel fields; then times the steps of the levels.
+    q: Vec<f32>,
+    q_steps: Vec<f32>,
+    /// First slab, slabs, block: the keys' blocks, if fields are per token, else one of all slabs.
+    ranges: Vec<(usize, usize, usize)>,
+    /// Sums of each range's queries, `[range][column]`.
+    q_sums: Vec<f32>,
+    /// What was laid out for keys: queries times per-channel scales.
+    laid: lay::Queries,
+    /// Block of each stored value channel.
+    blocks: Vec<usize>,
+    /// Blocks of channels that stand side by side in a vector, and which of them each line `c, c + 8` has.
+    block_pairs: Vec<[usize; 2]>,
+    lines: Vec<usize>,
+    fields: Vec<f32>,
+    codes: [Vec<u8>; GROUP],
+    /// Scales, then zero points: `[page][block][64]` in places.
+    token_fields: [Vec<f32>; 2],
+    weights: lay::Weights,
+    /// Sums of values: by integers `[part][line][share][2]`, in fp32 `[part][line][share]`, which is rare.
+    acc: Vec<Lane>,
+    exact: Vec<Lane>,
+    exact_used: bool,
+    /// Zero points times weights, `[column][block]`.
+    zeros: Vec<f32>,
+    levels: Vec<Arc<Levels>>,
+    books: Vec<Book>,
+}
+
+/// Stored channel at place `p` of the fields' order.
+fn channel_of_place(p: usize) -> usize {
+    p / 16 * 16 + 2 * (p / 4 % 4) + 8 * (p / 2 % 2) + p % 2
+}
+
+/// Per-token fields of a page as `[block][64]` in places, appended to `out`; zeros from token `count` on, so that nothing
+/// unwritten is used.
+fn token_fields(layout: &SideLayout, fields: &[f32], count: usize, out: &mut [Vec<f32>; 2]) {
+    /// Every `N`th of `x`, from `f` on.
+    #[inline(always)]
+    fn every<const N: usize>(x: &[f32], f: usize, out: &mut [f32]) {
+        out.iter_mut().zip(x.chunks_exact(N)).for_each(|(o, x)| *o = x[f]);
+    }
+    let FieldAxis::PerToken { blocks } = layout.axis else { unreachable!("per-token fields") };
+    let stride = layout.fields * blocks;
+    for (f, out) in out.iter_mut().enumerate().take(layout.fields) {
+        for b in 0..blocks {
+            let at = out.len();
+            out.resize(at + PAGE_TOKENS, 0.0);
+            let (to, from) = (&mut out[at..], f * blocks + b);
+            match stride {
+                1 => every::<1>(fields, from, to),
+                2 => every::<2>(fields, from, to),
+                4 => every::<4>(fields, from, to),
+                8 => every::<8>(fields, from, to),
+                _ => to.iter_mut().zip(fields.chunks_exact(stride)).for_each(|(o, x)| *o = x[from]),
+            }
+            if count < PAGE_TOKENS {
+                for (p, x) in to.iter_mut().enumerate() {
+                    *x = if token_of_place(p) < count { *x } else { 0.0 };
+                }
+            }
+        }
+    }
 }
 
 /// The codes of a half at 4 bits: in place, or widened in `room`.
@@ -50,93 +162,35 @@ fn four_bits<'a>(codec: &SideCodec, half: &Half<'a>, room: &'a mut Vec<u8>) -> &
     &half.bytes[..codec.layout.slabs.len() * SLAB]
 }
 
-/// Calls a function for a count of columns, 1 to [`SHARED`].
-macro_rules! by_columns {
-    ($count:expr, $name:ident($($arg:expr),*)) => {
-        match $count {
-            1 => $name::<1>($($arg),*),
-            2 => $name::<2>($($arg),*),
-            3 => $name::<3>($($arg),*),
-            _ => $name::<4>($($arg),*),
-        }
-    };
-}
-
-/// Everything that a run of one head keeps in lanes.
-#[derive(Default)]
-pub(super) struct Lanes {
-    columns: usize,
-    /// Queries, `[column][stored]`, channels of a slab in the order `(c%8) / 2, c/8, c%2` of the fields.
-    q: Vec<f32>,
-    /// Queries times key scales, for each part of at most four columns and each token group.
-    laid_q: Vec<Lane>,
-    /// First slab, slabs, block: the keys' blocks, if fields are per token.
-    ranges: Vec<(usize, usize, usize)>,
-    /// Sums of each range's queries, `[range][column]`.
-    q_sums: Vec<f32>,
-    /// Block of each stored value channel.
-    blocks: Vec<usize>,
-    /// Blocks of channels that stand side by side in a vector, and which of them each `c, c + 8` are.
-    block_pairs: Vec<[usize; 2]>,
-    pairs: Vec<usize>,
-    fields: Vec<f32>,
-    codes: Vec<u8>,
-    key_places: Vec<u32>,
-    value_places: Vec<u32>,
-    /// Scales, then zero points, `[block][64]` in lane places.
-    token_fields: [Vec<f32>; 2],
-    weights: Vec<Lane>,
-    acc: Vec<Lane>,
-    /// Zero points times weights, `[column][block]`.
-    zeros: Vec<f32>,
-}
-
-/// Stored channel at place `p` of the fields' order.
-fn channel_of_place(p: usize) -> usize {
-    p / 16 * 16 + 2 * (p / 4 % 4) + 8 * (p / 2 % 2) + p % 2
-}
-
-/// Where per-token fields stand among a half's fields: `[field][block][64]`, tokens in lane places.
-fn token_places(codec: &SideCodec, out: &mut Vec<u32>) {
-    let FieldAxis::PerToken { blocks } = codec.layout.axis else { unreachable!("per-token fields") };
-    let layout = &codec.layout;
-    out.clear();
-    for (f, b) in (0..layout.fields).flat_map(|f| (0..blocks).map(move |b| (f, b))) {
-        let place = |p: usize| (layout.token_field(token_of_place(p), b, f) - layout.code_bytes) / layout.field_size;
-        out.extend((0..PAGE_TOKENS).map(|p| place(p) as u32));
-    }
-}
-
-/// Per-token fields as `[block][64]` in lane places; zeros from token `count` on, so that nothing unwritten is used.
-fn token_fields(places: &[u32], fields: &[f32], kinds: usize, count: usize, out: &mut [Vec<f32>; 2]) {
-    for (out, places) in out.iter_mut().zip(places.chunks_exact(places.len() / kinds)) {
-        out.clear();
-        out.extend(places.iter().map(|&p| fields[p as usize]));
-        if count < PAGE_TOKENS {
-            for (i, x) in out.iter_mut().enumerate() {
-                *x = if token_of_place(i % PAGE_TOKENS) < count { *x } else { 0.0 };
-            }
-        }
-    }
-}
-
 impl Lanes {
-    /// Starts a run: `q` is `[columns][dim]`, scaled.
-    pub(super) fn begin(&mut self, key: &SideCodec, value: &SideCodec, h: usize, q: &[f32], in_place: (bool, bool)) {
+    /// Starts a head: `q` is `[columns][dim]`, scaled.
+    pub(super) fn begin(
+        &mut self,
+        key: &SideCodec,
+        value: &SideCodec,
+        h: usize,
+        q: &[f32],
+        books: &Books,
+        in_place: (bool, bool),
+    ) {
         let (dim, stored) = (key.layout.dim, key.layout.stored);
         self.columns = q.len() / dim;
         if in_place.0 {
+            self.books.clear();
+            self.books.extend(books.key.iter().map(|b| b.0));
+            self.levels.clear();
+            self.levels.extend(books.key.iter().map(|b| b.1.clone()));
             self.q.clear();
+            self.q_steps.clear();
             for row in q.chunks_exact(dim) {
                 let place = |p: usize| row.get(key.channel(h, channel_of_place(p))).copied().unwrap_or(0.0);
                 self.q.extend((0..stored).map(place));
             }
-            let groups = if let FieldAxis::PerChannel { group } = key.layout.axis { PAGE_TOKENS / group } else { 1 };
-            self.laid_q.resize(groups * self.columns * stored / 4, Lane::default());
+            let steps = (0..self.q.len()).map(|i| self.q[i] * self.levels[i % stored / SLAB_CHANNELS].step);
+            self.q_steps.extend(steps);
             self.ranges.clear();
             self.q_sums.clear();
             if let FieldAxis::PerToken { .. } = key.layout.axis {
-                token_places(key, &mut self.key_places);
                 for slab in 0..key.layout.slabs.len() {
                     let block = key.block_of(h, slab * SLAB_CHANNELS);
                     match self.ranges.last_mut() {
@@ -150,217 +204,228 @@ impl Lanes {
                     self.q_sums.extend(rows.map(sum));
                 }
                 // SAFETY: codes are read in place only where the features were found.
-                unsafe { self.lay_queries(stored, 1, 64, None) };
+                unsafe { self.laid.lay(&self.q, &self.q_steps, &self.levels, &self.ranges, None) };
+            } else {
+                self.ranges.push((0, key.layout.slabs.len(), 0));
             }
         }
         if in_place.1 {
             let stored = value.layout.stored;
-            let FieldAxis::PerToken { blocks } = value.layout.axis else { unreachable!("per-token fields") };
-            token_places(value, &mut self.value_places);
             self.blocks.clear();
             self.blocks.extend((0..stored).map(|c| value.block_of(h, c)));
             self.block_pairs.clear();
-            self.pairs.clear();
+            self.lines.clear();
             for line in 0..stored / 2 {
                 let c = line / 8 * 16 + line % 8;
                 let pair = [self.blocks[c], self.blocks[c + 8]];
                 let known = self.block_pairs.iter().position(|p| *p == pair);
-                self.pairs.push(known.unwrap_or(self.block_pairs.len()));
+                self.lines.push(known.unwrap_or(self.block_pairs.len()));
                 if known.is_none() {
                     self.block_pairs.push(pair);
                 }
             }
-            self.weights.resize(self.columns.min(SHARED) * self.block_pairs.len() * 16, Lane::default());
+            let blocks = 1 + self.blocks.iter().copied().max().unwrap_or(0);
             self.acc.clear();
-            self.acc.resize(self.columns * stored / 2, Lane::default());
+            self.acc.resize(self.columns * stored, Lane::default());
+            self.exact_used = false;
+            self.weights.begin(self.columns, self.block_pairs.len());
             self.zeros.clear();
             self.zeros.resize(self.columns * blocks, 0.0);
         }
     }
 
-    /// Lays out queries, times key scales if there are per-channel fields (one or two), and returns the products with the
-    /// means for each column and `n / 16`.
-    #[target_feature(enable = "avx2,fma,f16c")]
-    fn lay_queries(&mut self, stored: usize, fields: usize, group: usize, scales: Option<&[f32]>) -> [[f32; 4]; 16] {
-        let mut base = [[0f32; 4]; 16];
-        let groups = PAGE_TOKENS / group;
-        for first in (0..self.columns).step_by(SHARED) {
-            let count = SHARED.min(self.columns - first);
-            let all = &mut self.laid_q[groups * first * stored / 4..][..groups * count * stored / 4];
-            for (g, lanes) in all.chunks_exact_mut(count * stored / 4).enumerate() {
-                let mut dots = [_mm256_setzero_ps(); SHARED];
-                for (half, lanes) in lanes.chunks_exact_mut(2 * count).enumerate() {
-                    let (mut scale, mut mean) = (_mm256_set1_ps(1.0), _mm256_setzero_ps());
-                    if let Some(scales) = scales {
-                        let at = &scales[fields * (g * stored + 8 * half)..][..8 * fields];
-                        // SAFETY: `at` has 8 or 16 elements.
-                        unsafe {
-                            scale = _mm256_loadu_ps(at.as_ptr());
-                            if fields == 2 {
-                                let y = _mm256_loadu_ps(at.as_ptr().add(8));
-                                mean = _mm256_permute2f128_ps::<0x31>(scale, y);
-                                scale = _mm256_permute2f128_ps::<0x20>(scale, y);
-                            }
-                        }
-                    }
-                    for i in 0..count {
-                        let q = &self.q[(first + i) * stored + 8 * half..][..8];
-                        // SAFETY: q and a lane have eight elements.
-                        unsafe {
-                            let q = _mm256_loadu_ps(q.as_ptr());
-                            dots[i] = _mm256_fmadd_ps(q, mean, dots[i]);
-                            let x = _mm256_mul_ps(q, scale);
-                            // Even channels, then odd ones, each for both n/8.
-                            _mm256_store_ps(lanes[i].0.as_mut_ptr(), _mm256_moveldup_ps(x));
-                            _mm256_store_ps(lanes[count + i].0.as_mut_ptr(), _mm256_movehdup_ps(x));
-                        }
-                    }
-                }
-                for i in 0..count {
-                    let mut lane = Lane::default();
-                    // SAFETY: a lane is eight aligned elements.
-                    unsafe { _mm256_store_ps(lane.0.as_mut_ptr(), dots[i]) };
-                    let dot = lane.0.iter().sum::<f32>();
-                    base[first + i][g * group / 16..(g + 1) * group / 16].fill(dot);
-                }
-            }
-        }
-        base
-    }
-
-    /// Scores of a page: column `i`'s 64 go to `scores[i * stride..]`, in lane places. `books` has one for each slab.
-    pub(super) fn keys(&mut self, codec: &SideCodec, half: &Half, books: &[Book], scores: &mut [f32], stride: usize) {
+    /// Scores of a page: column `i`'s 64 go to `scores[i * stride..]`, in places.
+    pub(super) fn keys(&mut self, codec: &SideCodec, half: &Half, scores: &mut [f32], stride: usize) {
         // SAFETY: codes are read in place only where the features were found.
-        unsafe { self.keys_avx2(codec, half, books, scores, stride) };
+        unsafe { self.keys_avx2(codec, half, scores, stride) };
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn keys_avx2(&mut self, codec: &SideCodec, half: &Half, books: &[Book], scores: &mut [f32], stride: usize) {
+    fn keys_avx2(&mut self, codec: &SideCodec, half: &Half, scores: &mut [f32], stride: usize) {
         let layout = &codec.layout;
         read_fields(Simd::Avx2, codec, half.bytes, &mut self.fields);
-        fetch(&half.next[half.next.len().min(layout.code_bytes)..]);
-        let mut room = std::mem::take(&mut self.codes);
-        let codes = four_bits(codec, half, &mut room);
-        assert!(codes.len() == books.len() * SLAB && books.len() * SLAB_CHANNELS == layout.stored);
-        let next = half.next.as_ptr();
-        let mut products = [[0f32; PAGE_TOKENS]; SHARED];
-        let per_channel = if let FieldAxis::PerChannel { group } = layout.axis {
-            let fields = std::mem::take(&mut self.fields);
-            let base = self.lay_queries(layout.stored, layout.fields, group, Some(&fields));
-            self.fields = fields;
-            Some(base)
+        let mut next_fields = &half.next[half.next.len().min(layout.code_bytes)..];
+        let codes = four_bits(codec, half, &mut self.codes[0]);
+        let slabs = self.levels.len();
+        assert!(codes.len() == slabs * SLAB && slabs * SLAB_CHANNELS == layout.stored);
+        let mut most = 1.0;
+        let per_token = if let FieldAxis::PerChannel { group } = layout.axis {
+            let scales = Some((&self.fields[..], layout.fields, group));
+            self.laid.lay(&self.q, &self.q_steps, &self.levels, &self.ranges, scales);
+            false
         } else {
-            token_fields(&self.key_places, &self.fields, layout.fields, half.count, &mut self.token_fields);
-            None
+            self.token_fields.iter_mut().for_each(Vec::clear);
+            token_fields(layout, &self.fields, half.count, &mut self.token_fields);
+            most = self.token_fields[0].iter().fold(0f32, |m, s| m.max(s.abs()));
+            true
         };
         for first in (0..self.columns).step_by(SHARED) {
             let share = SHARED.min(self.columns - first);
-            let groups = per_channel.as_ref().map_or(1, |_| self.laid_q.len() * 4 / (self.columns * layout.stored));
-            let lanes = &self.laid_q[groups * first * layout.stored / 4..][..groups * share * layout.stored / 4];
-            let q = [0, 1, 2, 3].map(|i| lanes[i * groups / 4 * (share * layout.stored / 4)..].as_ptr());
-            if let Some(base) = &per_channel {
-                // SAFETY: all slabs, and eight lanes for each slab and column.
-                unsafe { by_columns!(share, key_page(codes.as_ptr(), next, books, q, &mut products)) };
-                for (i, products) in products.iter().enumerate().take(share) {
-                    let to = scores[(first + i) * stride..][..PAGE_TOKENS].chunks_exact_mut(16);
-                    for ((to, x), b) in to.zip(products.chunks_exact(16)).zip(&base[first + i]) {
-                        to.iter_mut().zip(x).for_each(|(o, x)| *o = x + b);
-                    }
-                }
-                continue;
+            let by_integers = self.laid.close_enough(first, share, most);
+            if !by_integers {
+                self.laid.lay_exact(first, share, &self.q);
             }
             for (r, &(slab, slabs, block)) in self.ranges.iter().enumerate() {
-                let codes = &codes[slab * SLAB..][..slabs * SLAB];
-                let q = [lanes[slab * 4 * share..].as_ptr(); 4];
-                let (next, books) = (next.wrapping_add(slab * SLAB), &books[slab..slab + slabs]);
-                // SAFETY: the range's slabs, and eight lanes for each slab and column.
-                unsafe { by_columns!(share, key_page(codes.as_ptr(), next, books, q, &mut products)) };
-                let scale = &self.token_fields[0][block * PAGE_TOKENS..][..PAGE_TOKENS];
-                for (i, products) in products.iter().enumerate().take(share) {
-                    let to = &mut scores[(first + i) * stride..][..PAGE_TOKENS];
-                    if r == 0 {
-                        to.fill(0.0);
+                let codes = codes[slab * SLAB..][..slabs * SLAB].as_ptr();
+                let next = half.next.as_ptr().wrapping_add(slab * SLAB);
+                let scales = per_token.then(|| &self.token_fields[0][block * PAGE_TOKENS..][..PAGE_TOKENS]);
+                if by_integers {
+                    let (q, factors) = self.laid.integers(first, share, r);
+                    let levels = &self.levels[slab..slab + slabs];
+                    let mut columns = [Score { to: std::ptr::null_mut(), start: std::ptr::null() }; SHARED];
+                    for (i, score) in columns.iter_mut().enumerate().take(share) {
+                        score.to = scores[(first + i) * stride..][..PAGE_TOKENS].as_mut_ptr();
+                        score.start = if r == 0 { self.laid.base(first + i) } else { std::ptr::null() };
                     }
-                    to.iter_mut().zip(products).zip(scale).for_each(|((o, x), s)| *o += x * s);
-                    if layout.fields == 2 {
-                        let (zero, sum) =
-                            (&self.token_fields[1][block * PAGE_TOKENS..], self.q_sums[r * self.columns + first + i]);
+                    let scales = scales.map_or(std::ptr::null(), <[f32]>::as_ptr);
+                    let fields = std::mem::take(&mut next_fields);
+                    // SAFETY: the range's slabs and what was laid out for them, scaled to fit; 64 places each.
+                    unsafe {
+                        if self.laid.split() {
+                            by_columns!(
+                                share,
+                                integers::key_page,
+                                true(codes, next, fields, levels, q, factors, scales, &columns)
+                            );
+                        } else {
+                            by_columns!(
+                                share,
+                                integers::key_page,
+                                false(codes, next, fields, levels, q, factors, scales, &columns)
+                            );
+                        }
+                    }
+                } else {
+                    let mut products = [[0f32; PAGE_TOKENS]; SHARED];
+                    let (q, books) = (self.laid.exact(share, slab), &self.books[slab..slab + slabs]);
+                    // SAFETY: the range's slabs, and eight lanes for each slab and column.
+                    unsafe { by_columns!(share, codes::key_page(codes, next, books, q, &mut products)) };
+                    for (i, products) in products.iter().enumerate().take(share) {
+                        let to = &mut scores[(first + i) * stride..][..PAGE_TOKENS];
+                        let base = self.laid.base(first + i);
+                        for (p, (to, x)) in to.iter_mut().zip(products).enumerate() {
+                            let x = scales.map_or(*x, |s| x * s[p]);
+                            *to = if r == 0 { base[p % 8] + x } else { *to + x };
+                        }
+                    }
+                }
+                if layout.fields == 2 && per_token {
+                    let zero = &self.token_fields[1][block * PAGE_TOKENS..][..PAGE_TOKENS];
+                    for i in first..first + share {
+                        let sum = self.q_sums[r * self.columns + i];
+                        let to = &mut scores[i * stride..][..PAGE_TOKENS];
                         to.iter_mut().zip(zero).for_each(|(o, z)| *o += z * sum);
                     }
                 }
             }
         }
-        self.codes = room;
     }
 
-    /// Adds the values of a page, weighted: column `i`'s 64 weights stand at `weights[i * stride..]`, in lane places.
-    pub(super) fn values(&mut self, codec: &SideCodec, half: &Half, book: &Book, weights: &[f32], stride: usize) {
+    /// Adds the values of at most [`GROUP`] neighbouring pages, weighted: column `i`'s 64 weights of page `j` stand at
+    /// `weights[i * stride + 64 * j..]`, in places.
+    pub(super) fn values(&mut self, codec: &SideCodec, halves: &[Half], books: &Books, weights: &[f32], stride: usize) {
         // SAFETY: codes are read in place only where the features were found.
-        unsafe { self.values_avx2(codec, half, book, weights, stride) };
+        unsafe { self.values_avx2(codec, halves, books, weights, stride) };
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn values_avx2(&mut self, codec: &SideCodec, half: &Half, book: &Book, weights: &[f32], stride: usize) {
+    fn values_avx2(&mut self, codec: &SideCodec, halves: &[Half], books: &Books, weights: &[f32], stride: usize) {
         let layout = &codec.layout;
-        read_fields(Simd::Avx2, codec, half.bytes, &mut self.fields);
-        fetch(&half.next[half.next.len().min(layout.code_bytes)..]);
-        token_fields(&self.value_places, &self.fields, layout.fields, half.count, &mut self.token_fields);
-        let blocks = self.token_fields[0].len() / PAGE_TOKENS;
-        let mut room = std::mem::take(&mut self.codes);
-        let codes = four_bits(codec, half, &mut room);
-        assert!(codes.len() * SLAB_CHANNELS == self.blocks.len() * SLAB);
-        let next = half.next.as_ptr();
+        let FieldAxis::PerToken { blocks: all } = layout.axis else { unreachable!("per-token fields") };
+        self.token_fields.iter_mut().for_each(Vec::clear);
+        let mut pages = [(std::ptr::null(), std::ptr::null()); GROUP];
+        for ((half, room), page) in halves.iter().zip(&mut self.codes).zip(&mut pages) {
+            read_fields(Simd::Avx2, codec, half.bytes, &mut self.fields);
+            fetch(&half.next[half.next.len().min(layout.code_bytes)..]);
+            token_fields(layout, &self.fields, half.count, &mut self.token_fields);
+            let codes = four_bits(codec, half, room);
+            assert!(codes.len() * SLAB_CHANNELS == self.blocks.len() * SLAB);
+            *page = (codes.as_ptr(), half.next.as_ptr());
+        }
+        let pages = &pages[..halves.len()];
+        let used = self.zeros.len() / self.columns;
+        if layout.fields == 2 {
+            for (i, zeros) in self.zeros.chunks_exact_mut(used).enumerate() {
+                for j in 0..pages.len() {
+                    let p = &weights[i * stride + j * PAGE_TOKENS..][..PAGE_TOKENS];
+                    for (b, sum) in zeros.iter_mut().enumerate() {
+                        let zero = &self.token_fields[1][(j * all + b) * PAGE_TOKENS..][..PAGE_TOKENS];
+                        *sum += lay::dot(p, zero);
+                    }
+                }
+            }
+        }
+        let lines = self.lines.len();
+        let (book, levels) = &books.value;
+        // One block for each line is what the integers want.
+        let simple = self.block_pairs.iter().all(|p| p[0] == p[1]);
         for first in (0..self.columns).step_by(SHARED) {
             let share = SHARED.min(self.columns - first);
-            let pairs = self.block_pairs.iter().zip(self.weights.chunks_exact_mut(16 * share));
-            for (pair, lanes) in pairs {
-                let scale = pair.map(|b| &self.token_fields[0][b * PAGE_TOKENS..][..PAGE_TOKENS]);
-                for at in 0..16 {
-                    // SAFETY: 4 at + 4 <= 64; a lane is eight aligned elements.
-                    unsafe {
-                        let x = scale.map(|s| _mm_loadu_ps(s.as_ptr().add(4 * at)));
-                        let x = _mm256_set_m128(_mm_unpackhi_ps(x[0], x[1]), _mm_unpacklo_ps(x[0], x[1]));
-                        for i in 0..share {
-                            let p = &weights[(first + i) * stride..][..PAGE_TOKENS];
-                            let p = _mm_loadu_ps(p.as_ptr().add(4 * at));
-                            let p = _mm256_set_m128(_mm_unpackhi_ps(p, p), _mm_unpacklo_ps(p, p));
-                            _mm256_store_ps(lanes[at * share + i].0.as_mut_ptr(), _mm256_mul_ps(p, x));
-                        }
+            // All pages with common factors, or else each with its own, or else in fp32.
+            let (mut at, mut count) = (0, pages.len());
+            while at < pages.len() {
+                let fields = &self.token_fields[0][at * all * PAGE_TOKENS..];
+                let scales = lay::Scales { fields, blocks: all, pages: count };
+                let weights = |i: usize, j: usize| &weights[(first + i) * stride + (at + j) * PAGE_TOKENS..][..PAGE_TOKENS];
+                if simple && self.weights.lay(first, share, &self.block_pairs, &scales, levels, &weights) {
+                    let acc = &mut self.acc[2 * first * lines..][..2 * share * lines];
+                    let (w, factors) = self.weights.integers();
+                    let pages = &pages[at..at + count];
+                    // SAFETY: all lines of each page, and what was laid out for them, scaled to fit.
+                    unsafe { by_columns!(share, integers::value_pages(pages, levels, &self.lines, w, factors, acc)) };
+                } else if simple && count > 1 {
+                    count = 1;
+                    continue;
+                } else {
+                    if !self.exact_used {
+                        self.exact_used = true;
+                        self.exact.clear();
+                        self.exact.resize(self.columns * lines, Lane::default());
+                    }
+                    let acc = self.exact[first * lines..][..share * lines].as_mut_ptr();
+                    for (j, &(codes, next)) in pages[at..at + count].iter().enumerate() {
+                        let w = self.weights.lay_exact(share, &self.block_pairs, &scales, j, &weights);
+                        // SAFETY: all slabs and accumulators, and eight weights for each block and column.
+                        unsafe { by_columns!(share, codes::value_page(codes, next, &self.lines, w, book, acc)) };
                     }
                 }
+                at += count;
             }
-            if layout.fields == 2 {
-                for i in first..first + share {
-                    let p = &weights[i * stride..][..PAGE_TOKENS];
-                    for (b, zero) in self.token_fields[1].chunks_exact(PAGE_TOKENS).enumerate() {
-                        self.zeros[i * blocks + b] += p.iter().zip(zero).map(|(p, z)| p * z).sum::<f32>();
-                    }
-                }
-            }
-            let acc = &mut self.acc[first * layout.stored / 2..][..share * layout.stored / 2];
-            let w = self.weights.as_ptr();
-            // SAFETY: all slabs and accumulators, and eight weights for each block and column.
-            unsafe { by_columns!(share, value_page(codes.as_ptr(), next, &self.pairs, w, book, acc.as_mut_ptr())) };
         }
-        self.codes = room;
     }
 
-    /// Ends a run: adds what the pages gave to `out`, `[columns][stored]`.
+    /// Ends a run: adds what its pages gave to `out`, `[columns][stored]`, and begins the next.
     pub(super) fn finish(&mut self, out: &mut [f32]) {
-        let stored = self.blocks.len();
+        // SAFETY: codes are read in place only where the features were found.
+        unsafe { self.finish_avx2(out) };
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn finish_avx2(&mut self, out: &mut [f32]) {
+        let (stored, lines) = (self.blocks.len(), self.lines.len());
         let blocks = self.zeros.len() / self.columns;
-        for first in (0..self.columns).step_by(SHARED) {
-            let share = SHARED.min(self.columns - first);
-            for (at, lane) in self.acc[first * stored / 2..][..share * stored / 2].iter().enumerate() {
-                let (line, column) = (at / share, first + at % share);
-                let l = &lane.0;
-                for eight in 0..2 {
-                    let c = line / 8 * 16 + line % 8 + 8 * eight;
-                    let sum = (l[eight] + l[4 + eight]) + (l[2 + eight] + l[6 + eight]);
-                    out[column * stored + c] += sum + self.zeros[column * blocks + self.blocks[c]];
+        for (column, out) in out.chunks_exact_mut(stored).enumerate() {
+            let (part, i) = (column / SHARED, column % SHARED);
+            let share = SHARED.min(self.columns - part * SHARED);
+            let zeros = &self.zeros[column * blocks..][..blocks];
+            let at = |line: usize| part * SHARED * lines + line * share + i;
+            for (place, out) in out.chunks_exact_mut(8).enumerate() {
+                // Eight lines and one channel of each are eight neighbours.
+                let (slab, second) = (place / 2, place % 2);
+                let mut sums = lay::totals([0, 1, 2, 3, 4, 5, 6, 7].map(|line| &self.acc[2 * at(8 * slab + line) + second]));
+                for (line, sum) in sums.iter_mut().enumerate() {
+                    if self.exact_used {
+                        let l = &self.exact[at(8 * slab + line)].0;
+                        *sum += (l[second] + l[4 + second]) + (l[2 + second] + l[6 + second]);
+                    }
+                    out[line] += *sum + zeros[self.blocks[8 * place + line]];
                 }
             }
         }
+        self.acc.fill(Lane::default());
+        self.exact_used = false;
+        self.weights.begin(self.columns, self.block_pairs.len());
+        self.zeros.fill(0.0);
     }
 }
 

@@ -82,9 +82,12 @@ fn check(cache: &LayerCache, q: &Queries, note: &str) {
         fast::attend(&plan, simd, &mut out, Some(&mut lse));
         assert_eq!(plan.count(), reads);
         let e = error(&out, &want);
-        assert!(e <= 1e-5, "{note} {simd:?}: relative error {e}");
+        // Few columns and 4 bits meet 16-bit integers where there are any.
+        let bound = if simd == Simd::Portable { 1e-5 } else { 1e-4 };
+        assert!(e <= bound, "{note} {simd:?}: relative error {e}");
         for (g, w) in lse.iter().zip(&want_lse) {
-            assert!(f64::from(*g) == *w || (f64::from(*g) - w).abs() <= 1e-5 * w.abs().max(1.0), "{note} {simd:?}: {g} for {w}");
+            let near = (f64::from(*g) - w).abs() <= bound * w.abs().max(1.0);
+            assert!(f64::from(*g) == *w || near, "{note} {simd:?}: {g} for {w}");
         }
     }
 }
@@ -249,4 +252,118 @@ fn refusals_name_the_argument() {
     assert!(message(Queries { window: Some(0), ..good() }, 64).contains("window"));
     assert!(message(Queries { soft_cap: Some(0.0), ..good() }, 64).contains("soft_cap"));
     assert!(message(Queries { starts: Some(&[0, 0]), ..good() }, 64).contains("starts: expected shape [1], got [2]"));
+}
+
+/// The error of the fast path of this machine.
+fn fast_error(cache: &LayerCache, q: &Queries) -> f64 {
+    let n = q.q.shape()[..3].iter().product::<usize>() * cache.codec().value.layout.dim;
+    let (mut want, mut out) = (vec![0f64; n], vec![0f32; n]);
+    attend_f64(cache, q, &mut want, None).unwrap();
+    attend(cache, q, &mut out, None).unwrap();
+    error(&out, &want)
+}
+
+#[test]
+fn integers_match_the_oracle_over_awkward_shapes() {
+    for name in Scheme::presets() {
+        let scheme = Scheme::preset(name).unwrap();
+        for dim in [64, 80, 96, 128, 256] {
+            let o = Owned::ragged(&scheme, 1, 2, dim, dim);
+            for group in [1, 2, 3, 4, 7, 8, 16] {
+                let q = noise(2 * group * dim, group as u64);
+                check(&o.cache, &queries(&q, [1, 2 * group, 1, dim]), &format!("{name} {dim} {group}"));
+            }
+        }
+    }
+}
+
+#[test]
+fn every_valid_count_matches_the_oracle() {
+    let q = noise(8 * 64, 5);
+    for name in ["nqkv4", "kivi4", "nqkv"] {
+        let scheme = Scheme::preset(name).unwrap();
+        let window = scheme.residual_length + scheme.sink_tokens;
+        for count in 1..=64 {
+            let mut o = owned(&scheme, 1, 2, 64, 64, Dtype::F32);
+            // Unwritten slots hold NaN, or what was cut off.
+            if name == "nqkv" {
+                o.append(64 + count, count as u64);
+            } else {
+                o.append(160 + window, count as u64);
+                let pages = o.cache.tokens(0) - scheme.sink_tokens - o.cache.view(0).packed();
+                o.cache.remove_newest(pages + o.cache.view(0).packed() - 64 - count).unwrap();
+            }
+            assert_eq!(o.cache.view(0).pages.iter().map(|p| p.1).collect::<Vec<_>>(), [64, count], "{name}");
+            check(&o.cache, &queries(&q, [1, 8, 1, 64]), &format!("{name}, {count} valid"));
+        }
+    }
+}
+
+/// 700 tokens of keys `size` times as large, and one of them `peak` times the first query.
+fn peaked(scheme: &Scheme, size: f32, peak: f32, q: &[f32]) -> Owned {
+    let (heads, dim, tokens) = (2, 128, 700);
+    let mut o = owned(scheme, 1, heads, dim, dim, Dtype::F32);
+    let (mut k, v) = (noise(heads * tokens * dim, 31), noise(heads * tokens * dim, 32));
+    k[77 * dim..78 * dim].iter_mut().zip(q).for_each(|(k, q)| *k += peak * q);
+    k.iter_mut().for_each(|k| *k *= size);
+    let shape = [1, heads, tokens, dim];
+    o.cache.append(&View::of(&k, shape), &View::of(&v, shape)).unwrap();
+    o
+}
+
+#[test]
+fn scales_large_scores_and_peaks_match_the_oracle() {
+    let q = noise(8 * 128, 6);
+    for name in Scheme::presets() {
+        let scheme = Scheme::preset(name).unwrap();
+        for size in [1e-6, 1e-3, 1.0, 30.0, 1e4] {
+            let o = peaked(&scheme, size, 0.0, &q);
+            let plain = queries(&q, [1, 8, 1, 128]);
+            check(&o.cache, &plain, &format!("{name}, keys of {size}"));
+            // Scores of about one unit, then of tens, whatever the keys' size.
+            for spread in [1.0, 2.0, 4.0, 12.0] {
+                let scale = spread * plain.scale / f64::from(size);
+                check(&o.cache, &Queries { scale, ..plain.clone() }, &format!("{name}, keys of {size}, scores of {spread}"));
+            }
+        }
+        for peak in [0.3, 0.5, 0.7, 1.0, 3.0] {
+            let o = peaked(&scheme, 1.0, peak, &q);
+            check(&o.cache, &queries(&q, [1, 8, 1, 128]), &format!("{name}, a token of {peak}"));
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn integers_are_used_where_they_are_close_enough() {
+    if Simd::detect() == Simd::Portable {
+        return;
+    }
+    let q = noise(8 * 128, 6);
+    for name in ["nqkv4", "nqkv", "nqkv4-signed", "kivi4", "kivi2"] {
+        let o = peaked(&Scheme::preset(name).unwrap(), 1.0, 0.0, &q);
+        let plain = queries(&q, [1, 8, 1, 128]);
+        let e = fast_error(&o.cache, &plain);
+        assert!((2e-6..1e-4).contains(&e), "{name}: error {e} of integers");
+        // Equal weights leave only the levels of values, in 16 bits; keys are exact beyond their limit.
+        let e = fast_error(&o.cache, &Queries { scale: 1e3 * plain.scale, ..plain.clone() });
+        assert!(e < 1e-4, "{name}: error {e} of large scores");
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn integer_levels_are_near_the_levels() {
+    use super::integers::Levels;
+    for book in ["nf4", "l2signed4-64", "uniform4", "uniform2", "e2m1", "lloyd3"] {
+        let book = BookSpec::Name(book.into()).build().unwrap().to_fp16().unwrap();
+        let mut levels = [0f32; 16];
+        levels.iter_mut().zip(book.levels()).for_each(|(to, l)| *to = *l);
+        let found = Levels::of(&levels);
+        assert_eq!(found, Levels::of(&levels));
+        assert!(found.top <= 18_000.0 && found.error < 0.3 && found.error < 1e-4 * found.rms, "{found:?}");
+        for (code, level) in levels.iter().enumerate() {
+            assert!((found.word(code) * found.step - level).abs() <= 0.51 * found.step, "{level}: {found:?}");
+        }
+    }
 }

@@ -32,11 +32,6 @@ impl<'a> Tables<'a> {
         });
         Self { codec, levels, slots: slots.map(|s| s as u16).collect() }
     }
-
-    /// The first 16 levels of each slab: all there is at 4 bits.
-    pub(super) fn sixteens(&self) -> Vec<[f32; 16]> {
-        self.levels.iter().map(|l| l[..16].try_into().expect("16 of 256 levels")).collect()
-    }
 }
 
 /// Room for one tile and what it is made from.
