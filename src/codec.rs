@@ -192,8 +192,9 @@ pub fn block_fields(x: &[f32], kind: ScaleKind, dtype: ScaleDtype) -> Fields {
             let lo = x.iter().copied().fold(f32::INFINITY, f32::min);
             let hi = x.iter().copied().fold(f32::NEG_INFINITY, f32::max);
             // Halved first, so that the sum cannot overflow. Half range around the ROUNDED middle, so that both ends fit.
-            let zero = dtype.round(lo * 0.5 + hi * 0.5);
-            Fields { scale: dtype.round((hi - zero).max(zero - lo)), zero }
+            // Adding 0 settles the sign of a 0, which a minimum of -0 and 0 leaves open.
+            let zero = dtype.round(lo * 0.5 + hi * 0.5) + 0.0;
+            Fields { scale: dtype.round((hi - zero).max(zero - lo)) + 0.0, zero }
         }
         ScaleKind::MeanAbsmax => {
             let zero = dtype.round(tree_sum(x.iter().copied()) / n);

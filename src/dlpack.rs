@@ -73,6 +73,25 @@ pub struct DlManagedTensorVersioned {
     pub tensor: DlTensor,
 }
 
+/// `DLPackExchangeAPI`, what a producer offers to C code (DLPack 1.3): no capsule, no Python call.
+#[repr(C)]
+#[derive(Debug)]
+pub struct DlExchangeApi {
+    /// Major version: 1 is what is written here.
+    pub major: u32,
+    /// Minor version.
+    pub minor: u32,
+    /// An older one, or NULL.
+    pub previous: *const DlExchangeApi,
+    allocator: *mut c_void,
+    to_managed: *mut c_void,
+    from_managed: *mut c_void,
+    /// Describes a Python tensor; 0, or -1 with a Python exception set. Its arrays are the tensor's, for the length of a call.
+    pub borrow: Option<unsafe extern "C" fn(object: *mut c_void, out: *mut DlTensor) -> i32>,
+    /// The stream on which the producer works now on a device; 0 or -1.
+    pub stream: Option<unsafe extern "C" fn(kind: i32, id: i32, out: *mut *mut c_void) -> i32>,
+}
+
 /// Element type of a foreign tensor, as far as this crate takes it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Element {
@@ -95,17 +114,34 @@ pub struct TensorRef {
     pub strides: Vec<isize>,
     /// Whether the producer forbids writing.
     pub read_only: bool,
+    /// Ordinal of the device; 0 for host memory.
+    pub device: i32,
 }
 
+/// DLPack's number of host memory.
+pub const HOST: i32 = 1;
+/// DLPack's number of CUDA devices.
+pub const CUDA: i32 = 2;
+
 impl TensorRef {
-    /// Reads and checks a `DLTensor`.
+    /// Reads and checks a `DLTensor` in host memory.
     ///
     /// # Safety
     /// `tensor` must be a live `DLTensor` whose shape and strides arrays have `ndim` entries (or NULL strides).
     pub unsafe fn new(what: &str, tensor: &DlTensor, read_only: bool) -> Result<Self> {
-        if tensor.device.kind != 1 {
+        // SAFETY: the caller's promise.
+        unsafe { Self::on(HOST, what, tensor, read_only) }
+    }
+
+    /// Reads and checks a `DLTensor` on a device of this kind.
+    ///
+    /// # Safety
+    /// As for [`TensorRef::new`].
+    pub unsafe fn on(kind: i32, what: &str, tensor: &DlTensor, read_only: bool) -> Result<Self> {
+        if tensor.device.kind != kind {
+            let expected = if kind == HOST { "a tensor in host memory" } else { "a tensor on a CUDA device" };
             let got = format!("a tensor on device type {} (id {})", tensor.device.kind, tensor.device.id);
-            return Err(Error::memory(what, "a tensor in host memory (DLPack device type 1)", got));
+            return Err(Error::memory(what, format!("{expected} (DLPack device type {kind})"), got));
         }
         if tensor.dtype.lanes != 1 {
             return Err(Error::dtype(what, "one lane per element", format!("{} lanes", tensor.dtype.lanes)));
@@ -169,7 +205,14 @@ impl TensorRef {
             }
         }
         let data = tensor.data.cast::<u8>().wrapping_add(tensor.byte_offset as usize);
-        Ok(Self { data, element, shape: shape.iter().map(|&s| s as usize).collect(), strides, read_only })
+        Ok(Self {
+            data,
+            element,
+            shape: shape.iter().map(|&s| s as usize).collect(),
+            strides,
+            read_only,
+            device: tensor.device.id,
+        })
     }
 
     /// Elements.

@@ -57,6 +57,13 @@ pub enum Error {
         /// Rows that are free.
         free: usize,
     },
+    /// The CUDA driver refused a call, or is not there.
+    Cuda {
+        /// What was tried.
+        what: String,
+        /// What the driver said, and what to do about it.
+        why: String,
+    },
     /// A saved cache that cannot be read back: truncated, damaged, foreign, newer, or of another model.
     File {
         /// What is wrong with it.
@@ -95,6 +102,11 @@ impl Error {
         Self::Memory { what: what.into(), expected: expected.to_string(), got: got.to_string() }
     }
 
+    /// A [`Error::Cuda`].
+    pub fn cuda(what: impl Into<String>, why: impl fmt::Display) -> Self {
+        Self::Cuda { what: what.into(), why: why.to_string() }
+    }
+
     /// A [`Error::File`].
     pub fn file(why: impl Into<String>) -> Self {
         Self::File { why: why.into() }
@@ -119,6 +131,7 @@ impl fmt::Display for Error {
             Self::Exhausted { needed, free } => {
                 write!(f, "pool: expected at least {needed} free rows, got {free}; nothing was written")
             }
+            Self::Cuda { what, why } => write!(f, "CUDA: {what}: {why}"),
             Self::File { why } => write!(f, "saved cache: {why}"),
             Self::Unsupported { what, why } => write!(f, "{what} is not supported: {why}"),
         }

@@ -7,6 +7,8 @@ pub mod attention;
 pub mod cache;
 pub mod codebook;
 pub mod codec;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod dlpack;
 pub mod error;
 pub mod file;

@@ -2,6 +2,10 @@
 
 mod borrow;
 mod cache;
+#[cfg(feature = "cuda")]
+mod cuda;
+#[cfg(feature = "cuda")]
+mod device;
 mod file;
 mod flat;
 
@@ -20,7 +24,7 @@ impl From<Error> for PyErr {
                 PyValueError::new_err(text)
             }
             Error::Dtype { .. } | Error::Memory { .. } => PyTypeError::new_err(text),
-            Error::Exhausted { .. } => PyRuntimeError::new_err(text),
+            Error::Exhausted { .. } | Error::Cuda { .. } => PyRuntimeError::new_err(text),
             Error::Unsupported { .. } => PyNotImplementedError::new_err(text),
         }
     }
@@ -75,6 +79,9 @@ fn cpu_features(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
 mod _core {
     #[pymodule_export]
     use super::cache::LayerCache;
+    #[cfg(feature = "cuda")]
+    #[pymodule_export]
+    use super::cuda::{cuda_dequantize, cuda_device, cuda_quantize, cuda_status, cuda_warm_up};
     #[pymodule_export]
     use super::file::{SavedCache, save};
     #[pymodule_export]

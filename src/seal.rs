@@ -79,6 +79,11 @@ impl SideCodec {
         })
     }
 
+    /// Whether channels stand in another order than the model's.
+    pub fn is_ordered(&self) -> bool {
+        !self.order.is_empty()
+    }
+
     /// The channel of head `h` that stands at stored place `c`; at or beyond the head size it is padding.
     #[inline]
     pub fn channel(&self, h: usize, c: usize) -> usize {

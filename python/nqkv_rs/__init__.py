@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from nqkv_rs import _core
 from nqkv_rs._core import PAGE_TOKENS, PAGE_VERSION, __version__
 from nqkv_rs.cache import LayerCache
 from nqkv_rs.flat import Quantized, codebook, dequantize, quantize
@@ -33,12 +34,25 @@ __all__ = [
     "enable",
     "presets",
     "quantize",
+    "warmup",
 ]
 
 
 def cuda_is_available() -> bool:
-    """Whether CUDA kernels can run: False, since this version has none."""
-    return False
+    """Whether CUDA kernels can run here; ``nqkv-rs doctor`` says why not."""
+    return _core.cuda_status()[0] > 0
+
+
+def warmup(device: int = 0) -> None:
+    """Load every kernel now, so that no later call has to: the driver compiles them once.
+
+    Args:
+        device: ordinal of the CUDA device.
+
+    Raises:
+        RuntimeError: no such device, or a driver that is too old.
+    """
+    _core.cuda_warm_up(device)
 
 
 # What needs torch and transformers, and the module that has it.

@@ -12,6 +12,11 @@ __all__ = [
     "check_scheme",
     "codebook",
     "cpu_features",
+    "cuda_dequantize",
+    "cuda_device",
+    "cuda_quantize",
+    "cuda_status",
+    "cuda_warm_up",
     "dequantize",
     "preset",
     "presets",
@@ -115,6 +120,32 @@ def quantize(
     order: str,
 ) -> None: ...
 def dequantize(
+    codes: Any,
+    fields: Any,
+    out: Any,
+    codebook: str,
+    block: int,
+    scale: str,
+    scale_dtype: str,
+    flat: bool,
+    order: str,
+) -> None: ...
+def cuda_status() -> tuple[int, str | None]: ...
+def cuda_device(ordinal: int) -> tuple[str, tuple[int, int], int]: ...
+def cuda_warm_up(ordinal: int) -> None: ...
+def cuda_quantize(
+    x: Any,
+    codes: Any,
+    fields: Any,
+    codebook: str,
+    block: int,
+    scale: str,
+    scale_dtype: str,
+    flat: bool,
+    order: str,
+    bad: Any | None = None,
+) -> None: ...
+def cuda_dequantize(
     codes: Any,
     fields: Any,
     out: Any,

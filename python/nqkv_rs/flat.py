@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from nqkv_rs import _core
+from nqkv_rs import _core, _cuda
 from nqkv_rs._arguments import whole, word
 
 __all__ = ["Quantized", "codebook", "dequantize", "quantize"]
@@ -63,7 +63,8 @@ class Quantized:
     @property
     def scales(self) -> Any:
         """The fields as numbers, float32 ``[blocks, fields]``, as a NumPy array."""
-        raw = np.ascontiguousarray(np.asarray(self.fields))
+        fields = self.fields.cpu() if _is_torch(self.fields) else self.fields
+        raw = np.ascontiguousarray(np.asarray(fields))
         kind = self.codec["scale_dtype"]
         if kind == "fp32":
             return raw.view("<f4")[..., 0]
@@ -106,11 +107,17 @@ def _is_torch(x: Any) -> bool:
 
 
 def _empty(like: Any, shape: tuple[int, ...], dtype: str) -> Any:
+    if _cuda.on_device(like):
+        return _cuda.empty(like, shape, dtype)
     if _is_torch(like):
         import torch
 
         return torch.empty(shape, dtype=getattr(torch, dtype))
     return np.empty(shape, dtype=dtype)
+
+
+def _contiguous(x: Any) -> bool:
+    return not _is_torch(x) or bool(x.is_contiguous())
 
 
 def quantize(
@@ -132,8 +139,10 @@ def quantize(
     no magnitude above 1e-38: its scale is stored as it is here, and as 1e-38 there.
 
     Args:
-        x: float64, float32, float16 or bfloat16, any shape and strides, in host memory; a NumPy
-            array, a PyTorch tensor, or anything else that has ``__dlpack__`` and ``shape``.
+        x: float64, float32, float16 or bfloat16, any shape and strides, in host memory (NumPy,
+            PyTorch, or anything else that has ``__dlpack__`` and ``shape``) or on a CUDA device
+            (PyTorch, CuPy; not float64). There nothing waits for the result, so that a NaN or
+            infinity is not refused: its block holds numbers without meaning.
         codebook: a name (:func:`codebook`), or the ascending levels themselves.
         block: elements that share a scale, a multiple of 8 from 16 to 512.
         scale: ``"absmax"``, ``"signed_absmax"``, ``"minmax"``, ``"mean_absmax"`` or ``"rms"``.
@@ -164,7 +173,12 @@ def quantize(
     codes_bytes, fields_bytes = _core.quantized_sizes(shape, name, block, scale, scale_dtype, flat)
     codes = _empty(x, (codes_bytes,), "uint8")
     fields = _empty(x, (fields_bytes // (count * size), count, size), "uint8")
-    _core.quantize(x, codes, fields, name, block, scale, scale_dtype, flat, order)
+    words = (name, block, scale, scale_dtype, flat, order)
+    if _cuda.on_device(x):
+        x = x if _contiguous(x) else x.contiguous()
+        _core.cuda_quantize(x, codes, fields, *words)
+    else:
+        _core.quantize(x, codes, fields, *words)
     codec = {
         "codebook": codebook if isinstance(codebook, str) else tuple(codebook),
         "block": block,
@@ -200,10 +214,13 @@ def dequantize(q: Quantized, *, out: Any | None = None) -> Any:
         if _is_torch(q.codes):
             import torch
 
-            out = torch.empty(q.shape, dtype=q.dtype)
+            out = torch.empty(q.shape, dtype=q.dtype, device=q.codes.device)
+        elif _cuda.on_device(q.codes):
+            out = _cuda.empty(q.codes, q.shape, str(q.dtype))
         else:
             out = np.empty(q.shape, dtype=q.dtype)
     codec = dict(q.codec)
     book = codec.pop("codebook")
-    _core.dequantize(q.codes, q.fields, out, _name(book), **codec)
+    decode = _core.cuda_dequantize if _cuda.on_device(q.codes) else _core.dequantize
+    decode(q.codes, q.fields, out, _name(book), **codec)
     return out

@@ -1,0 +1,342 @@
+// Whole tensors to codes and fields and back, src/flat.rs.
+// target: compute_80
+// isa: 8.0
+//
+// Fast: 4-bit codes of whole blocks of 16 to 256 elements (a power of two), a lane for eight elements. Codes are chosen by a
+// table of cells in shared memory, one copy for each lane, so that no two lanes meet in a bank: a cell holds at most one
+// threshold, and how many lie below the cell. Any: every other spec, in two passes (fields, then codes).
+#include "codec.cuh"
+
+struct FlatArguments {
+  const void* x;
+  void* out;
+  uint8_t* codes;
+  uint8_t* fields;
+  unsigned long long* bad;  // smallest index of a number that is not finite, or null
+  long long n, row;         // elements, and those of a row
+  long long first;          // where `any` begins: what stands before is done
+  int blocks_per_row, block, bits, kind, scale_dtype, levels, high_first, divide;
+  float cell_scale, cell_offset;  // of the table of cells
+  float level[256], threshold[256];
+};
+static_assert(sizeof(FlatArguments) == 104 + 2048, "as in src/cuda/flat.rs");
+
+namespace {
+
+constexpr int CELLS = 64;
+
+template <class T> struct Eight {
+  T x[8];
+};
+
+template <class T> DEVICE Eight<T> load_eight(const T* from) {
+  Eight<T> v;
+  if constexpr (sizeof(T) == 2) {
+    *(uint4*)v.x = __ldcs((const uint4*)from);
+  } else {
+    ((uint4*)v.x)[0] = __ldcs((const uint4*)from);
+    ((uint4*)v.x)[1] = __ldcs((const uint4*)from + 1);
+  }
+  return v;
+}
+
+DEVICE void report(unsigned long long* bad, unsigned long long index) {
+  if (bad) atomicMin(bad, index);
+}
+
+constexpr unsigned ALL = 0xffffffff;
+
+// f over the lanes of a block: LANES, or `lanes` where that is 0.
+template <int LANES, class F> DEVICE float over_lanes(float x, int lanes, F f) {
+  if constexpr (LANES > 0) {
+#pragma unroll
+    for (int d = LANES / 2; d > 0; d /= 2) x = f(x, __shfl_xor_sync(ALL, x, d));
+  } else {
+#pragma unroll 1
+    for (int d = lanes / 2; d > 0; d /= 2) x = f(x, __shfl_xor_sync(ALL, x, d));
+  }
+  return x;
+}
+
+DEVICE float largest(const float (&v)[8], float zero) {
+  float m = 0.f;
+#pragma unroll
+  for (int i = 0; i < 8; i++) m = fmaxf(m, fabsf(v[i] - zero));
+  return m;
+}
+
+// Fields of a block that `lanes` lanes hold, eight elements each; every lane gets them.
+DEVICE Fields block_fields(const float (&v)[8], int lanes, int kind, int dtype) {
+  auto over = [&](float x, auto f) { return over_lanes<0>(x, lanes, f); };
+  auto larger = [](float a, float b) { return fmaxf(a, b); };
+  // The fixed tree: lanes first, because the upper half of the block lies in the upper lanes.
+  auto tree = [&](auto f) {
+    float s[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++) s[i] = f(v[i]);
+#pragma unroll 1
+    for (int d = lanes / 2; d > 0; d /= 2) {
+#pragma unroll
+      for (int i = 0; i < 8; i++) s[i] += __shfl_xor_sync(ALL, s[i], d);
+    }
+    return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
+  };
+  const float n = float(lanes * 8);
+  if (kind == SIGNED_ABSMAX) {
+    const float m = over(largest(v, 0.f), larger);
+    float mine = 0.f;
+    bool found = false;
+#pragma unroll
+    for (int i = 7; i >= 0; i--)
+      if (fabsf(v[i]) == m) mine = v[i], found = true;
+    const int base = threadIdx.x & 31 & ~(lanes - 1);
+    const unsigned have = __ballot_sync(ALL, found) >> base & (ALL >> (32 - lanes));
+    const float e = __shfl_sync(ALL, mine, base + __ffs(have) - 1);
+    return {round_field(m > 0.f ? e : 0.f, dtype), 0.f};
+  }
+  if (kind == MINMAX) {
+    float low = INFINITY, high = -INFINITY;
+#pragma unroll
+    for (int i = 0; i < 8; i++) low = fminf(low, v[i]), high = fmaxf(high, v[i]);
+    low = over(low, [](float a, float b) { return fminf(a, b); });
+    high = over(high, larger);
+    const float zero = round_field(low * 0.5f + high * 0.5f, dtype) + 0.f;
+    return {round_field(fmaxf(high - zero, zero - low), dtype) + 0.f, zero};
+  }
+  if (kind == MEAN_ABSMAX) {
+    const float zero = round_field(__fdiv_rn(tree([](float x) { return x; }), n), dtype);
+    return {round_field(over(largest(v, zero), larger), dtype), zero};
+  }
+  float top = over(largest(v, 0.f), larger);
+  if (kind == RMS && top != 0.f) {
+    top = fmaxf(top, 1e-38f);
+    const float r = __fdiv_rn(1.f, top);
+    top = top * __fsqrt_rn(__fdiv_rn(tree([&](float x) { return (x * r) * (x * r); }), n));
+  }
+  return {round_field(top, dtype), 0.f};
+}
+
+// The table of cells: threshold and count, a copy for each lane.
+DEVICE void fill_cells(float2* table, const FlatArguments& a) {
+  for (int e = threadIdx.x; e < CELLS * 32; e += blockDim.x) {
+    const int cell = e / 32;
+    // Cell c holds v with c <= ends clamp(v * scale + offset) < c + 1; a hair more, since that is rounded.
+    const float low = (float(cell) / (16383.f / 256) - 1e-4f - a.cell_offset) / a.cell_scale;
+    uint32_t below = 0;
+    for (int i = 0; i < a.levels - 1; i++) below += cell > 0 && a.threshold[i] < low;
+    const float t = below < uint32_t(a.levels - 1) ? a.threshold[below] : INFINITY;
+    table[e] = make_float2(t, __uint_as_float(below));
+  }
+}
+
+// PLAIN: absmax in blocks of 64, what most tensors are quantized with; otherwise any kind and block.
+template <class T, bool PLAIN> DEVICE void quantize_fast(const FlatArguments& a) {
+  __shared__ float2 table[CELLS * 32];
+  fill_cells(table, a);
+  __syncthreads();
+  const int lane = threadIdx.x & 31, bytes = bytes_of(a.scale_dtype), kinds = PLAIN ? 1 : fields_of(a.kind);
+  const int lanes = PLAIN ? 8 : a.block / 8;
+  const char* mine = (const char*)(table + lane);
+  const T* x = (const T*)a.x;
+  // Whole warps: `first` is a multiple of what a warp holds, or the warp's upper lanes idle.
+  const long long eights = a.first / 8, stride = (long long)gridDim.x * blockDim.x;
+  constexpr int AHEAD = !PLAIN ? 1 : sizeof(T) == 2 ? 4 : 2;
+  for (long long base = (long long)blockIdx.x * blockDim.x + threadIdx.x; base - lane < eights; base += stride * AHEAD) {
+    Eight<T> held[AHEAD];
+#pragma unroll
+    for (int k = 0; k < AHEAD; k++) {
+      const long long i = base + k * stride;
+      if (i < eights) held[k] = load_eight(x + 8 * i);
+      else held[k] = Eight<T>{};
+    }
+#pragma unroll
+    for (int k = 0; k < AHEAD; k++) {
+      const long long i = base + k * stride;
+      if (i - lane >= eights) break;
+      float v[8];
+#pragma unroll
+      for (int j = 0; j < 8; j++) v[j] = to_float(held[k].x[j]);
+      Fields f;
+      if constexpr (PLAIN) {
+        const float m = over_lanes<8>(largest(v, 0.f), 8, [](float x, float y) { return fmaxf(x, y); });
+        f = {round_field(m, a.scale_dtype), 0.f};
+      } else {
+        f = block_fields(v, lanes, a.kind, a.scale_dtype);
+      }
+      const float r = inverse(f.scale);
+      float worst = 0.f;
+      uint32_t word = 0;
+#pragma unroll
+      for (int j = 7; j >= 0; j--) {
+        const float u = (v[j] - f.zero) * r;
+        worst = v[j] * 0.f + worst;
+        // 2^23 is the magic number: the low bits of the sum are the cell and its fraction.
+        const float y = __saturatef(__fmaf_rn(u, a.cell_scale, a.cell_offset));
+        const uint32_t cell = __float_as_uint(__fmaf_rn(y, 16383.f, 8388608.f)) & 0x3f00;
+        const float2 entry = *(const float2*)(mine + cell);
+        word = word * 16 + __float_as_uint(entry.y) + (u > entry.x);
+      }
+      if (a.high_first) word = (word & 0x0f0f0f0f) << 4 | (word >> 4 & 0x0f0f0f0f);
+      if (i < eights) {
+        if (worst != 0.f) {
+          for (int j = 7; j >= 0; j--)
+            if (!(fabsf(v[j]) <= 3.402823466e38f)) report(a.bad, 8 * i + j);
+        }
+        ((uint32_t*)a.codes)[i] = word;
+        if ((lane & (lanes - 1)) == 0) {
+          uint8_t* to = a.fields + i / lanes * (kinds * bytes);
+          write_field(to, f.scale, a.scale_dtype);
+          if (kinds == 2) write_field(to + bytes, f.zero, a.scale_dtype);
+        }
+      }
+    }
+  }
+}
+
+template <class T> DEVICE void store_eight(T* to, const float (&v)[8]) {
+  if constexpr (sizeof(T) == 2) {
+    T h[8];
+#pragma unroll
+    for (int j = 0; j < 8; j++) h[j] = from_float<T>(v[j]);
+    __stcs((uint4*)to, *(uint4*)h);
+  } else {
+    __stcs((uint4*)to, *(const uint4*)v);
+    __stcs((uint4*)to + 1, *(const uint4*)(v + 4));
+  }
+}
+
+// 4-bit codes of whole blocks: a lane for eight codes.
+template <class T> DEVICE void dequantize_fast(const FlatArguments& a) {
+  __shared__ float table[16 * 32];
+  for (int e = threadIdx.x; e < 16 * 32; e += blockDim.x) table[e] = a.level[min(e / 32, a.levels - 1)];
+  __syncthreads();
+  const int lane = threadIdx.x & 31, bytes = bytes_of(a.scale_dtype), kinds = fields_of(a.kind), per = a.block / 8;
+  const char* mine = (const char*)(table + lane);
+  const long long eights = a.first / 8, stride = (long long)gridDim.x * blockDim.x;
+  constexpr int AHEAD = 4;
+  for (long long base = (long long)blockIdx.x * blockDim.x + threadIdx.x; base < eights; base += stride * AHEAD) {
+    uint32_t words[AHEAD];
+    Fields fields[AHEAD];
+#pragma unroll
+    for (int k = 0; k < AHEAD; k++) {
+      const long long i = base + k * stride;
+      if (i >= eights) break;
+      words[k] = __ldcs((const uint32_t*)a.codes + i);
+      const uint8_t* from = a.fields + i / per * (kinds * bytes);
+      fields[k] = {read_field(from, a.scale_dtype), kinds == 2 ? read_field(from + bytes, a.scale_dtype) : 0.f};
+    }
+#pragma unroll
+    for (int k = 0; k < AHEAD; k++) {
+      const long long i = base + k * stride;
+      if (i >= eights) break;
+      uint32_t w = words[k];
+      if (a.high_first) w = (w & 0x0f0f0f0f) << 4 | (w >> 4 & 0x0f0f0f0f);
+      float v[8];
+#pragma unroll
+      for (int j = 0; j < 8; j++) {
+        const uint32_t at = (j < 2 ? w << (7 - 4 * j) : w >> (4 * j - 7)) & 0x780;
+        v[j] = __fmaf_rn(*(const float*)(mine + at), fields[k].scale, fields[k].zero);
+      }
+      store_eight((T*)a.out + 8 * i, v);
+    }
+  }
+}
+
+// The block in which an element lies.
+struct Place {
+  long long number, start, end;
+
+  DEVICE Place(const FlatArguments& a, long long e) {
+    const long long r = e / a.row, b = (e - r * a.row) / a.block;
+    number = r * a.blocks_per_row + b;
+    start = r * a.row + b * a.block;
+    end = min(start + a.block, (r + 1) * a.row);
+  }
+};
+
+// Fields of any block: one warp each.
+template <class T> DEVICE void fields_any(const FlatArguments& a) {
+  __shared__ float room[4][2][MAX_BLOCK];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x & 31, bytes = bytes_of(a.scale_dtype), kinds = fields_of(a.kind);
+  const long long blocks = a.n / a.row * a.blocks_per_row, done = a.first / a.block;
+  for (long long b = done + (long long)blockIdx.x * 4 + warp; b < blocks; b += (long long)gridDim.x * 4) {
+    const long long r = b / a.blocks_per_row, start = r * a.row + (b - r * a.blocks_per_row) * a.block;
+    const int n = int(min((long long)a.block, (r + 1) * a.row - start));
+    const T* x = (const T*)a.x + start;
+    const Fields f =
+        fields_by_warp(room[warp][0], room[warp][1], n, a.kind, a.scale_dtype, [&](int i) { return to_float(x[i]); });
+    for (int i = lane; i < n; i += 32)
+      if (!(fabsf(to_float(x[i])) <= 3.402823466e38f)) report(a.bad, start + i);
+    if (lane == 0) {
+      uint8_t* to = a.fields + b * (kinds * bytes);
+      write_field(to, f.scale, a.scale_dtype);
+      if (kinds == 2) write_field(to + bytes, f.zero, a.scale_dtype);
+    }
+    __syncwarp();
+  }
+}
+
+DEVICE Fields fields_at(const FlatArguments& a, long long number) {
+  const int bytes = bytes_of(a.scale_dtype), kinds = fields_of(a.kind);
+  const uint8_t* from = a.fields + number * (kinds * bytes);
+  return {read_field(from, a.scale_dtype), kinds == 2 ? read_field(from + bytes, a.scale_dtype) : 0.f};
+}
+
+// Codes of any spec: a thread for eight elements, whose codes are `bits` whole bytes.
+template <class T> DEVICE void codes_any(const FlatArguments& a) {
+  const long long total = (a.n * a.bits + 7) / 8;
+  for (long long g = a.first / 8 + (long long)blockIdx.x * blockDim.x + threadIdx.x; 8 * g < a.n;
+       g += (long long)gridDim.x * blockDim.x) {
+    unsigned long long word = 0;
+    Place place(a, 8 * g);
+#pragma unroll 1
+    for (int j = 0; j < 8; j++) {
+      const long long e = 8 * g + j;
+      uint32_t code = 0;
+      if (e < a.n) {
+        if (e == place.end) place = Place(a, e);
+        const Fields f = fields_at(a, place.number);
+        const float x = to_float(((const T*)a.x)[e]);
+        const bool divide = a.divide && place.end - place.start < a.block;
+        const float v = divide ? __fdiv_rn(x, fmaxf(f.scale, 1e-38f)) : (x - f.zero) * inverse(f.scale);
+        code = count_below(v, a.threshold, a.levels);
+      } else if (a.divide && j % 2 == 1 && e == a.n) {
+        code = count_below(0.f, a.threshold, a.levels);  // the unused nibble of bitsandbytes
+      }
+      word |= (unsigned long long)code << (a.high_first ? (j ^ 1) * 4 : j * a.bits);
+    }
+#pragma unroll 1
+    for (int i = 0; i < a.bits; i++)
+      if (g * a.bits + i < total) a.codes[g * a.bits + i] = uint8_t(word >> (8 * i));
+  }
+}
+
+template <class T> DEVICE void values_any(const FlatArguments& a) {
+  for (long long e = a.first + (long long)blockIdx.x * blockDim.x + threadIdx.x; e < a.n;
+       e += (long long)gridDim.x * blockDim.x) {
+    const long long bit = e * a.bits;
+    uint32_t code;
+    if (a.high_first) {
+      code = a.codes[e / 2] >> (e % 2 ? 0 : 4) & 15;
+    } else {
+      uint32_t word = a.codes[bit / 8];
+      if (bit % 8 + a.bits > 8) word |= uint32_t(a.codes[bit / 8 + 1]) << 8;
+      code = word >> (bit % 8) & ((1u << a.bits) - 1);
+    }
+    const Fields f = fields_at(a, Place(a, e).number);
+    ((T*)a.out)[e] = from_float<T>(__fmaf_rn(a.level[min(code, uint32_t(a.levels - 1))], f.scale, f.zero));
+  }
+}
+
+}  // namespace
+
+#define KERNELS(NAME, T)                                                                                        \
+  extern "C" __global__ void __launch_bounds__(256) flat_quantize_##NAME(const __grid_constant__ FlatArguments a) { quantize_fast<T, true>(a); } \
+  extern "C" __global__ void __launch_bounds__(256) flat_quantize_fields_##NAME(const __grid_constant__ FlatArguments a) { quantize_fast<T, false>(a); } \
+  extern "C" __global__ void __launch_bounds__(256) flat_dequantize_##NAME(const __grid_constant__ FlatArguments a) { dequantize_fast<T>(a); } \
+  extern "C" __global__ void __launch_bounds__(128) flat_fields_any_##NAME(const __grid_constant__ FlatArguments a) { fields_any<T>(a); } \
+  extern "C" __global__ void __launch_bounds__(256) flat_codes_any_##NAME(const __grid_constant__ FlatArguments a) { codes_any<T>(a); } \
+  extern "C" __global__ void __launch_bounds__(256) flat_values_any_##NAME(const __grid_constant__ FlatArguments a) { values_any<T>(a); }
+KERNELS(f32, float)
+KERNELS(f16, __half)
+KERNELS(bf16, __nv_bfloat16)

@@ -1,0 +1,235 @@
+//! Whole tensors on a device: the launches of `cuda/flat.cu`. Same bits as [`crate::flat`].
+
+use std::ffi::c_void;
+
+use super::codec::{kind_number, scale_dtype_number};
+use super::{Device, Kernel, Stream};
+use crate::codebook::Codebook;
+use crate::codec::ScaleKind;
+use crate::error::{Error, Result};
+use crate::flat::{FlatSpec, NibbleOrder};
+use crate::tensor::Dtype;
+
+/// `FlatArguments` of `cuda/flat.cu`.
+#[repr(C)]
+#[derive(Clone)]
+struct Arguments {
+    x: u64,
+    out: u64,
+    codes: u64,
+    fields: u64,
+    bad: u64,
+    n: i64,
+    row: i64,
+    first: i64,
+    blocks_per_row: i32,
+    block: i32,
+    bits: i32,
+    kind: i32,
+    scale_dtype: i32,
+    levels: i32,
+    high_first: i32,
+    divide: i32,
+    cell_scale: f32,
+    cell_offset: f32,
+    level: [f32; 256],
+    threshold: [f32; 256],
+}
+const _: () = assert!(size_of::<Arguments>() == 104 + 2048);
+
+/// Cells of the table in `cuda/flat.cu`; the last one ends a hair before 64.
+const CELLS: usize = 64;
+const CELL_ENDS: f32 = 16383.0 / 256.0;
+/// How far rounding can carry a number over the border of a cell, in table units.
+const HAIR: f32 = 1e-4;
+const THREADS: usize = 256;
+
+/// A contiguous tensor on a device.
+#[derive(Debug, Clone, Copy)]
+pub struct Flat {
+    /// First element.
+    pub address: u64,
+    /// Element type: not [`Dtype::F64`].
+    pub dtype: Dtype,
+    /// Elements.
+    pub len: usize,
+    /// Elements of a row.
+    pub row: usize,
+}
+
+/// Codes and fields on a device.
+#[derive(Debug, Clone, Copy)]
+pub struct Packed {
+    /// [`FlatSpec::codes_len`] bytes.
+    pub codes: u64,
+    /// [`FlatSpec::fields_len`] bytes.
+    pub fields: u64,
+}
+
+impl Arguments {
+    fn new(spec: &FlatSpec, x: &Flat, packed: Packed) -> Result<Self> {
+        spec.check(x.len, x.row)?;
+        if x.dtype == Dtype::F64 {
+            return Err(Error::dtype("x", "float32, float16 or bfloat16 on a CUDA device", "float64"));
+        }
+        let field = spec.scale_dtype.bytes() as u64;
+        if !packed.fields.is_multiple_of(field) || !x.address.is_multiple_of(x.dtype.bytes() as u64) {
+            return Err(Error::memory("x and fields", "memory aligned to its elements", "another address"));
+        }
+        let theirs = Codebook::nf4_bitsandbytes();
+        let divide = spec.follows_bitsandbytes();
+        let book = if divide { &theirs } else { &spec.book };
+        let mut a = Self {
+            x: x.address,
+            out: x.address,
+            codes: packed.codes,
+            fields: packed.fields,
+            bad: 0,
+            n: x.len as i64,
+            row: x.row.max(1) as i64,
+            first: 0,
+            blocks_per_row: x.row.div_ceil(spec.block) as i32,
+            block: spec.block as i32,
+            bits: i32::from(book.bits()),
+            kind: kind_number(spec.kind) as i32,
+            scale_dtype: scale_dtype_number(spec.scale_dtype) as i32,
+            levels: book.levels().len() as i32,
+            high_first: i32::from(spec.order == NibbleOrder::HighFirst),
+            divide: i32::from(divide),
+            cell_scale: 0.0,
+            cell_offset: 0.0,
+            level: [0.0; 256],
+            threshold: [f32::INFINITY; 256],
+        };
+        a.level[..book.levels().len()].copy_from_slice(book.levels());
+        a.threshold[..book.thresholds().len()].copy_from_slice(book.thresholds());
+        Ok(a)
+    }
+
+    /// Lays the table of cells; false if a cell would hold two thresholds.
+    fn lay_cells(&mut self) -> bool {
+        let thresholds = &self.threshold[..self.levels as usize - 1];
+        let (Some(&low), Some(&high)) = (thresholds.first(), thresholds.last()) else { return false };
+        let margin = (high - low) / 48.0;
+        self.cell_scale = 1.0 / (high - low + 2.0 * margin);
+        self.cell_offset = (margin - low) * self.cell_scale;
+        let at = |t: f32| t * self.cell_scale + self.cell_offset;
+        (0..CELLS).all(|cell| {
+            let (from, to) = (cell as f32 / CELL_ENDS - HAIR, (cell + 1) as f32 / CELL_ENDS + HAIR);
+            thresholds.iter().filter(|&&t| from <= at(t) && at(t) <= to).count() <= 1
+        }) && self.cell_scale.is_finite()
+    }
+
+    /// Elements that stand in whole blocks which follow each other without a gap.
+    fn whole_blocks(&self) -> i64 {
+        match (self.row == self.n, self.row % i64::from(self.block)) {
+            (_, 0) => self.n,
+            (true, short) => self.n - short,
+            (false, _) => 0,
+        }
+    }
+
+    /// Launches for `elements` of which one block of threads does `each`, but no more blocks than fill the device.
+    unsafe fn launch(
+        &mut self,
+        device: &Device,
+        stream: Stream,
+        kernel: Kernel,
+        threads: usize,
+        elements: i64,
+        each: usize,
+    ) -> Result<()> {
+        let blocks = (elements as usize).div_ceil(each).min(device.processors() * 4);
+        let argument: *mut c_void = (&raw mut *self).cast();
+        // SAFETY: the caller's promise, passed on; the one parameter is this struct.
+        unsafe { device.launch(kernel, (blocks, 1, 1), threads, 0, stream, &mut [argument]) }
+    }
+}
+
+/// One of three kernels, by element type.
+fn by_dtype(dtype: Dtype, [f32, f16, bf16]: [Kernel; 3]) -> Kernel {
+    match dtype {
+        Dtype::F16 => f16,
+        Dtype::Bf16 => bf16,
+        _ => f32,
+    }
+}
+
+/// Quantizes `x`. `bad`, if not 0, is the address of a u64 that becomes the smaller of itself and the index of the first
+/// number that is not finite: nothing waits for the device, so whoever wants to know reads it later.
+///
+/// # Safety
+/// Addresses are of memory of `device`, as large as their types say, alive and unused by others until `stream` is past this.
+pub unsafe fn quantize(device: &Device, stream: Stream, spec: &FlatSpec, x: &Flat, to: Packed, bad: u64) -> Result<()> {
+    let mut a = Arguments::new(spec, x, to)?;
+    a.bad = bad;
+    let lanes = spec.block.is_power_of_two() && spec.block <= 256;
+    let aligned = x.address.is_multiple_of(16) && to.codes.is_multiple_of(4);
+    use Kernel as K;
+    if lanes && aligned && spec.book.bits() == 4 && a.lay_cells() {
+        a.first = a.whole_blocks();
+        let plain = spec.block == 64 && spec.kind == ScaleKind::Absmax;
+        let kernels = if plain {
+            [K::FlatQuantizeF32, K::FlatQuantizeF16, K::FlatQuantizeBf16]
+        } else {
+            [K::FlatQuantizeFieldsF32, K::FlatQuantizeFieldsF16, K::FlatQuantizeFieldsBf16]
+        };
+        // SAFETY: the caller's promise.
+        unsafe { a.launch(device, stream, by_dtype(x.dtype, kernels), THREADS, a.first, 8 * THREADS)? };
+    }
+    if a.first < a.n {
+        let fields = by_dtype(x.dtype, [K::FlatFieldsAnyF32, K::FlatFieldsAnyF16, K::FlatFieldsAnyBf16]);
+        let codes = by_dtype(x.dtype, [K::FlatCodesAnyF32, K::FlatCodesAnyF16, K::FlatCodesAnyBf16]);
+        // SAFETY: the caller's promise.
+        unsafe {
+            a.launch(device, stream, fields, 128, a.n - a.first, 4 * spec.block)?;
+            a.launch(device, stream, codes, THREADS, a.n - a.first, 8 * THREADS)?;
+        }
+    }
+    Ok(())
+}
+
+/// The numbers that codes stand for, into `out`.
+///
+/// # Safety
+/// As for [`quantize`].
+pub unsafe fn dequantize(device: &Device, stream: Stream, spec: &FlatSpec, from: Packed, out: &Flat) -> Result<()> {
+    let mut a = Arguments::new(spec, out, from)?;
+    let aligned = out.address.is_multiple_of(16) && from.codes.is_multiple_of(4);
+    let gapless = out.row == out.len || out.row.is_multiple_of(spec.block);
+    use Kernel as K;
+    if aligned && gapless && a.bits == 4 {
+        a.first = a.n / 8 * 8;
+        let kernel = by_dtype(out.dtype, [K::FlatDequantizeF32, K::FlatDequantizeF16, K::FlatDequantizeBf16]);
+        // SAFETY: the caller's promise.
+        unsafe { a.launch(device, stream, kernel, THREADS, a.first, 8 * THREADS)? };
+    }
+    if a.first < a.n {
+        let kernel = by_dtype(out.dtype, [K::FlatValuesAnyF32, K::FlatValuesAnyF16, K::FlatValuesAnyBf16]);
+        // SAFETY: the caller's promise.
+        unsafe { a.launch(device, stream, kernel, THREADS, a.n - a.first, THREADS)? };
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::codec::ScaleDtype;
+
+    #[test]
+    fn cells_hold_one_threshold_in_every_named_codebook_of_four_bits() {
+        for name in ["nf4", "nf4-bnb", "lloyd4", "uniform4", "int4", "e2m1", "l2absmax4-64", "l2signed4-64"] {
+            let spec = FlatSpec {
+                book: Codebook::parse(name).unwrap(),
+                block: 64,
+                kind: ScaleKind::Absmax,
+                scale_dtype: ScaleDtype::Fp32,
+                order: NibbleOrder::LowFirst,
+            };
+            let x = Flat { address: 0, dtype: Dtype::F32, len: 64, row: 64 };
+            let mut a = Arguments::new(&spec, &x, Packed { codes: 0, fields: 0 }).unwrap();
+            assert!(a.lay_cells(), "{name}");
+        }
+    }
+}

@@ -1,0 +1,90 @@
+//! The table of entry points: which PTX holds a kernel, under which name.
+
+/// PTX of one source in `cuda/`.
+pub(super) struct Source {
+    pub(super) name: &'static str,
+    pub(super) ptx: &'static str,
+}
+
+macro_rules! kernels {
+    ($($source:literal: [$($kernel:ident = $name:literal),+ $(,)?]),+ $(,)?) => {
+        /// Every kernel.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        #[allow(missing_docs, reason = "the names say it")]
+        pub enum Kernel {
+            $($($kernel,)+)+
+        }
+
+        pub(super) static SOURCES: [Source; [$($source),+].len()] =
+            [$(Source { name: $source, ptx: include_str!(concat!("../../cuda/ptx/", $source, ".ptx")) }),+];
+
+        /// All of them, in the order of the enum.
+        pub(super) const KERNELS: &[Kernel] = &[$($(Kernel::$kernel,)+)+];
+
+        impl Kernel {
+            /// The entry point.
+            pub(super) fn name(self) -> &'static str {
+                match self {
+                    $($(Self::$kernel => $name,)+)+
+                }
+            }
+
+            /// Index of its source.
+            pub(super) fn source(self) -> usize {
+                let file = match self {
+                    $($(Self::$kernel)|+ => $source,)+
+                };
+                SOURCES.iter().position(|s| s.name == file).expect("a source of the table")
+            }
+        }
+    };
+}
+
+kernels! {
+    "flat": [
+        FlatQuantizeF32 = "flat_quantize_f32",
+        FlatQuantizeF16 = "flat_quantize_f16",
+        FlatQuantizeBf16 = "flat_quantize_bf16",
+        FlatQuantizeFieldsF32 = "flat_quantize_fields_f32",
+        FlatQuantizeFieldsF16 = "flat_quantize_fields_f16",
+        FlatQuantizeFieldsBf16 = "flat_quantize_fields_bf16",
+        FlatDequantizeF32 = "flat_dequantize_f32",
+        FlatDequantizeF16 = "flat_dequantize_f16",
+        FlatDequantizeBf16 = "flat_dequantize_bf16",
+        FlatFieldsAnyF32 = "flat_fields_any_f32",
+        FlatFieldsAnyF16 = "flat_fields_any_f16",
+        FlatFieldsAnyBf16 = "flat_fields_any_bf16",
+        FlatCodesAnyF32 = "flat_codes_any_f32",
+        FlatCodesAnyF16 = "flat_codes_any_f16",
+        FlatCodesAnyBf16 = "flat_codes_any_bf16",
+        FlatValuesAnyF32 = "flat_values_any_f32",
+        FlatValuesAnyF16 = "flat_values_any_f16",
+        FlatValuesAnyBf16 = "flat_values_any_bf16",
+    ],
+}
+
+impl Kernel {
+    /// Dynamic shared memory that a launch may ask for.
+    pub(super) fn shared_bytes(self) -> usize {
+        0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_kernel_is_in_its_ptx() {
+        for (i, kernel) in KERNELS.iter().enumerate() {
+            assert_eq!(*kernel as usize, i);
+            let entry = format!(".entry {}(", kernel.name());
+            assert!(SOURCES[kernel.source()].ptx.contains(&entry), "{}", kernel.name());
+        }
+        for source in &SOURCES {
+            assert!(source.ptx.contains(".version 8.0") && source.ptx.contains(".target sm_80"), "{}", source.name);
+            let known = KERNELS.iter().filter(|k| SOURCES[k.source()].name == source.name).count();
+            assert_eq!(source.ptx.matches(".entry ").count(), known, "{}: a kernel that nobody calls", source.name);
+        }
+    }
+}

@@ -1,0 +1,117 @@
+//! Tensors on CUDA devices, borrowed for the length of a call, and the stream to work on.
+
+use std::ffi::c_void;
+use std::mem::MaybeUninit;
+use std::sync::Mutex;
+
+use pyo3::prelude::*;
+use pyo3::types::{PyCapsule, PyDict, PyType};
+
+use crate::cuda::Stream;
+use crate::dlpack::{CUDA, DlExchangeApi, DlManagedTensor, DlManagedTensorVersioned, DlTensor, TensorRef};
+use crate::error::Error;
+
+/// A tensor on a CUDA device.
+pub(super) struct OnDevice<'py> {
+    pub(super) tensor: TensorRef,
+    /// The producer's current stream; the legacy default stream if it does not say.
+    pub(super) stream: Stream,
+    _capsule: Option<Bound<'py, PyAny>>,
+}
+
+/// A producer's table, by type. Types and tables live for the process.
+struct Table(usize, *const DlExchangeApi);
+// SAFETY: the table is constant.
+unsafe impl Send for Table {}
+static TABLES: Mutex<Vec<Table>> = Mutex::new(Vec::new());
+
+/// What a tensor's type offers to C code: PyTorch from 2.11 on.
+fn exchange(object: &Bound<'_, PyAny>) -> Option<*const DlExchangeApi> {
+    let kind = object.get_type();
+    let key = kind.as_ptr() as usize;
+    let mut tables = TABLES.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    if let Some(table) = tables.iter().find(|t| t.0 == key) {
+        return (!table.1.is_null()).then_some(table.1);
+    }
+    let found = look_up(&kind).unwrap_or(std::ptr::null());
+    // A type of a dead class might leave its address to another: only builtin tensor types are remembered.
+    tables.push(Table(key, found));
+    std::mem::forget(kind.unbind());
+    (!found.is_null()).then_some(found)
+}
+
+fn look_up(kind: &Bound<'_, PyType>) -> Option<*const DlExchangeApi> {
+    let capsule = kind.getattr("__dlpack_c_exchange_api__").ok()?;
+    let pointer = capsule.cast::<PyCapsule>().ok()?.pointer_checked(Some(c"dlpack_exchange_api")).ok()?;
+    let mut api = pointer.as_ptr().cast::<DlExchangeApi>().cast_const();
+    // SAFETY: the capsule's name says what it points to; older tables hang behind newer ones.
+    unsafe {
+        while !api.is_null() && (*api).major != 1 {
+            api = (*api).previous;
+        }
+        (!api.is_null() && (*api).borrow.is_some() && (*api).stream.is_some()).then_some(api)
+    }
+}
+
+impl<'py> OnDevice<'py> {
+    pub(super) fn new(what: &str, object: &Bound<'py, PyAny>) -> PyResult<Self> {
+        if let Some(api) = exchange(object) {
+            let mut tensor = MaybeUninit::<DlTensor>::uninit();
+            // SAFETY: `look_up` checked version and functions; the object is of the type that offered them.
+            let (tensor, stream) = unsafe {
+                let (borrow, stream) = ((*api).borrow.expect("checked"), (*api).stream.expect("checked"));
+                if borrow(object.as_ptr().cast::<c_void>(), tensor.as_mut_ptr()) != 0 {
+                    return Err(PyErr::fetch(object.py()));
+                }
+                let tensor = TensorRef::on(CUDA, what, tensor.assume_init_ref(), false)?;
+                let mut handle = std::ptr::null_mut();
+                if stream(CUDA, tensor.device, &raw mut handle) != 0 {
+                    return Err(PyErr::fetch(object.py()));
+                }
+                (tensor, Stream(handle as usize))
+            };
+            return Ok(Self { tensor, stream, _capsule: None });
+        }
+        // The producer makes the legacy default stream wait for its work, and we launch there.
+        let words = PyDict::new(object.py());
+        words.set_item("stream", 1)?;
+        words.set_item("max_version", (1, 0))?;
+        let capsule = object.call_method("__dlpack__", (), Some(&words)).or_else(|e| {
+            if !e.is_instance_of::<pyo3::exceptions::PyTypeError>(object.py()) {
+                return Err(e);
+            }
+            words.del_item("max_version")?;
+            object.call_method("__dlpack__", (), Some(&words))
+        })?;
+        let handle = capsule.cast::<PyCapsule>().map_err(|_| Error::memory(what, "a DLPack capsule", "another object"))?;
+        let tensor = if let Ok(pointer) = handle.pointer_checked(Some(c"dltensor_versioned")) {
+            // SAFETY: a capsule of this name holds a live DLManagedTensorVersioned.
+            let managed = unsafe { pointer.cast::<DlManagedTensorVersioned>().as_ref() };
+            if managed.major != 1 {
+                let got = format!("{}.{}", managed.major, managed.minor);
+                return Err(Error::value(format!("{what}: DLPack version"), "1.x", got).into());
+            }
+            // SAFETY: version 1 has this layout.
+            unsafe { TensorRef::on(CUDA, what, &managed.tensor, managed.flags & 1 != 0)? }
+        } else if let Ok(pointer) = handle.pointer_checked(Some(c"dltensor")) {
+            // SAFETY: as above, for the unversioned form.
+            unsafe { TensorRef::on(CUDA, what, &pointer.cast::<DlManagedTensor>().as_ref().tensor, false)? }
+        } else {
+            return Err(Error::memory(what, "an unused DLPack capsule", "another capsule").into());
+        };
+        Ok(Self { tensor, stream: Stream(1), _capsule: Some(capsule) })
+    }
+
+    /// Refuses a tensor on another device than `device`.
+    pub(super) fn check_device(&self, what: &str, device: i32) -> PyResult<()> {
+        if self.tensor.device == device {
+            return Ok(());
+        }
+        Err(Error::memory(what, format!("a tensor on CUDA device {device}"), format!("one on device {}", self.tensor.device))
+            .into())
+    }
+
+    pub(super) fn address(&self) -> u64 {
+        self.tensor.data as u64
+    }
+}
