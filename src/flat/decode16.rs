@@ -41,12 +41,14 @@ fn round<const BRAIN: bool>(a: __m256, b: __m256) -> __m256i {
 fn values<const BRAIN: bool>(levels: (__m256, __m256), fields: Fields) -> Values {
     let (scale, zero) = (_mm256_set1_ps(fields.scale), _mm256_set1_ps(fields.zero));
     let rounded = round::<BRAIN>(_mm256_fmadd_ps(levels.0, scale, zero), _mm256_fmadd_ps(levels.1, scale, zero));
-    let bytes = |v| _mm256_permute4x64_epi64::<0b1000_1000>(_mm256_packus_epi16(v, v));
-    let low = bytes(_mm256_and_si256(rounded, _mm256_set1_epi16(0xff)));
+    // In each lane the eight low bytes, then the eight high ones.
+    let apart = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15));
+    let bytes = _mm256_shuffle_epi8(rounded, apart);
+    let (low, high) = (_mm256_permute4x64_epi64::<0b1000_1000>(bytes), _mm256_permute4x64_epi64::<0b1101_1101>(bytes));
     let mut whole = [0; 16];
     // SAFETY: 16 values are one vector.
     unsafe { _mm256_storeu_si256(whole.as_mut_ptr().cast(), rounded) };
-    Values { low, high: bytes(_mm256_srli_epi16::<8>(rounded)), whole }
+    Values { low, high, whole }
 }
 
 /// [`round`] for a block that was decoded to fp32.
