@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.models.gemma2 import Gemma2Config
 from transformers.models.gemma3 import Gemma3TextConfig
 from transformers.models.gpt_neox import GPTNeoXConfig
 from transformers.models.llama import LlamaConfig
@@ -43,6 +44,16 @@ CONFIGS: dict[str, Any] = {
     "phi": lambda: PhiConfig(**COMMON, **GQA),
     # Every layer slides, over less than the tests' prompts and more than a page.
     "mistral": lambda: MistralConfig(**COMMON, **GQA, sliding_window=80),
+    # Capped scores: sdpa cannot run it, "nqkv" can. A cap this low bends them.
+    "gemma2": lambda: Gemma2Config(
+        **COMMON,
+        **GQA,
+        head_dim=16,
+        sliding_window=16,
+        attn_logit_softcapping=2.0,
+        query_pre_attn_scalar=16,
+        tie_word_embeddings=False,
+    ),
     "gemma3": lambda: Gemma3TextConfig(
         **{**COMMON, "num_attention_heads": 2},
         num_key_value_heads=1,
@@ -60,11 +71,14 @@ def model(name: str, attention: str = "sdpa", dtype: torch.dtype = torch.float64
     torch.manual_seed(7)
     made = AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation=attention)
     generator = torch.Generator().manual_seed(11)
-    for parameter in made.parameters():
+    for path, parameter in made.named_parameters():
         if parameter.dim() > 1:
             parameter.data = torch.randn(parameter.shape, generator=generator) * (
                 2.0 / parameter.shape[-1] ** 0.5
             )
+        elif path.endswith(("q_proj.bias", "k_proj.bias", "v_proj.bias", "query_key_value.bias")):
+            # Fresh models have none to speak of; Qwen2's key biases are what breaks caches.
+            parameter.data = torch.randn(parameter.shape, generator=generator)
     return made.to(dtype).eval()
 
 

@@ -8,19 +8,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import (
     Cache,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
 )
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from nqkv_rs.integrations import saved
+from nqkv_rs.integrations.attention import nqkv_attention_forward
 from nqkv_rs.integrations.layer import NqkvLayer
-from nqkv_rs.integrations.packed import PackedKV
 from nqkv_rs.integrations.shared import Shared
 from nqkv_rs.scheme import Scheme
 
@@ -327,77 +324,3 @@ def _refuse(config: Any) -> None:
     raise NotImplementedError(
         f"NqkvCache: expected a decoder with full-attention layers, got {what} ({text.model_type})"
     )
-
-
-def nqkv_attention_forward(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """The attention function ``"nqkv"``: pages where the cache is packed, ``sdpa`` elsewhere.
-
-    What it adds to ``sdpa`` is the soft cap of scores.
-
-    Args:
-        module: the attention layer.
-        query: ``[batch, q_heads, queries, key_dim]``.
-        key: what the cache's ``update`` returned.
-        value: likewise.
-        attention_mask: None, or a boolean mask ``[batch, 1, queries, tokens]``.
-        dropout: must be 0 on pages.
-        scaling: multiplies scores.
-        sliding_window: attended tokens, or None.
-        softcap: soft cap of scores, or None.
-        **kwargs: passed on to ``sdpa``.
-
-    Returns:
-        ``[batch, queries, q_heads, value_dim]``, and None.
-    """
-    packed = isinstance(key, PackedKV) and isinstance(value, PackedKV)
-    if packed and dropout == 0.0 and not {"position_bias", "s_aux"} & _given(kwargs):
-        assert isinstance(key, PackedKV) and isinstance(value, PackedKV)
-        layer, new = key.layer, key.queries
-        tokens = layer.get_seq_length()
-        plain = attention_mask is None and (new == 1 or new == tokens)
-        starts = None
-        if attention_mask is not None:
-            starts = layer.shared.left_padding(attention_mask, new, tokens, sliding_window)
-        if (plain or starts is not None) and query.shape[2] == new:
-            out = layer.attend(
-                query,
-                scaling,
-                key.fresh,
-                value.fresh,
-                starts=starts,
-                window=sliding_window,
-                soft_cap=softcap,
-            )
-            return out, None
-    if softcap is not None:
-        raise NotImplementedError("nqkv attention: a soft cap without packed keys: use 'eager'")
-    out, _ = sdpa_attention_forward(
-        module,
-        query,
-        key,
-        value,
-        attention_mask,
-        dropout=dropout,
-        scaling=scaling,
-        **kwargs,
-    )
-    return out, None
-
-
-def _given(kwargs: Mapping[str, Any]) -> set[str]:
-    return {k for k, v in kwargs.items() if v is not None}
-
-
-AttentionInterface.register("nqkv", nqkv_attention_forward)
-AttentionMaskInterface.register("nqkv", sdpa_mask)
