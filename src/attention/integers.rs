@@ -285,8 +285,9 @@ pub(super) unsafe fn key_page<const C: usize, const SPLIT: bool>(
     }
 }
 
-/// Adds the values of at most [`GROUP`] pages, weighted, to `acc`, `[line][C][2]`: a line is the neighbours `c, c + 8`. `pages` has the codes of each and what to fetch meanwhile. `w` is `[block][page][half][n%2][C]`, `blocks`
-/// the block of each line, `factors` is `[block][4]`.
+/// Adds the values of at most [`GROUP`] pages, weighted, to `acc`, `[line][C][2]`: a line is the neighbours `c, c + 8`. `pages`
+/// has the codes of each and what to fetch meanwhile. `w` is `[page][block][half][n%2][C]`, `blocks` the block of each line,
+/// `steps` is `[block][4]`, the first `C` in use.
 ///
 /// # Safety
 /// Each page must have 64 bytes, `acc` `2 C` lanes, for each of `blocks`; `w` four words per block, page and column; no sum may
@@ -297,34 +298,34 @@ pub(super) unsafe fn value_pages<const C: usize>(
     levels: &Levels,
     blocks: &[usize],
     w: *const Words,
-    factors: &[[f32; 4]],
+    steps: &[[f32; 4]],
     acc: &mut [Lane],
 ) {
     // Bytes of a chunk are c/8 inside n/8: the channels go outside.
     let order = _mm256_setr_epi8(
         0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15, 0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15,
     );
-    let levels = levels.load();
+    let tables = levels.load();
     for (line, (&block, acc)) in blocks.iter().zip(acc.chunks_exact_mut(2 * C)).enumerate() {
         let mut sum = [[_mm256_setzero_si256(); 2]; C];
         // SAFETY: the caller's bounds.
         unsafe {
-            let mut w = w.add(block * pages.len() * 4 * C);
+            let mut w = w.add(block * 4 * C);
             for &(codes, next) in pages {
                 _mm_prefetch::<_MM_HINT_T0>(next.wrapping_add(64 * line).cast());
                 for half in 0..2 {
                     let x = _mm256_loadu_si256(codes.add(64 * line + 32 * half).cast());
-                    multiply_add::<C, false>(&mut sum, _mm256_shuffle_epi8(x, order), levels, w);
-                    w = w.add(2 * C);
+                    multiply_add::<C, false>(&mut sum, _mm256_shuffle_epi8(x, order), tables, w.wrapping_add(2 * half * C));
                 }
+                w = w.wrapping_add(steps.len() * 4 * C);
             }
         }
         for (c, (to, sums)) in acc.chunks_exact_mut(2).zip(sum).enumerate() {
-            let factor = _mm256_set1_ps(factors[block][c]);
+            let step = _mm256_set1_ps(steps[block][c]);
             for (to, sum) in to.iter_mut().zip(sums) {
                 let to = to.0.as_mut_ptr();
                 // SAFETY: eight aligned elements.
-                unsafe { _mm256_store_ps(to, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), factor, _mm256_load_ps(to))) };
+                unsafe { _mm256_store_ps(to, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), step, _mm256_load_ps(to))) };
             }
         }
     }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use super::codes::{self, Book, Lane, SLAB};
 use super::integers::{self, GROUP, Levels, Score};
-use super::lay;
+use super::lay::{self, Reading};
 use super::math::Simd;
 use super::tile::{read_fields, widen};
 use crate::page::{FieldAxis, PAGE_TOKENS, SLAB_CHANNELS, SideLayout};
@@ -113,6 +113,7 @@ pub(super) struct Lanes {
     exact_used: bool,
     /// Zero points times weights, `[column][block]`.
     zeros: Vec<f32>,
+    has_zeros: bool,
     levels: Vec<Arc<Levels>>,
     books: Vec<Book>,
 }
@@ -229,6 +230,7 @@ impl Lanes {
             self.acc.resize(self.columns * stored, Lane::default());
             self.exact_used = false;
             self.weights.begin(self.columns, self.block_pairs.len());
+            self.has_zeros = value.layout.fields == 2;
             self.zeros.clear();
             self.zeros.resize(self.columns * blocks, 0.0);
         }
@@ -361,35 +363,35 @@ impl Lanes {
         let simple = self.block_pairs.iter().all(|p| p[0] == p[1]);
         for first in (0..self.columns).step_by(SHARED) {
             let share = SHARED.min(self.columns - first);
-            // All pages with common factors, or else each with its own, or else in fp32.
-            let (mut at, mut count) = (0, pages.len());
-            while at < pages.len() {
-                let fields = &self.token_fields[0][at * all * PAGE_TOKENS..];
-                let scales = lay::Scales { fields, blocks: all, pages: count };
-                let weights = |i: usize, j: usize| &weights[(first + i) * stride + (at + j) * PAGE_TOKENS..][..PAGE_TOKENS];
-                if simple && self.weights.lay(first, share, &self.block_pairs, &scales, levels, &weights) {
+            let scales = lay::Scales { fields: &self.token_fields[0], blocks: all, pages: pages.len() };
+            let weights = |i: usize, j: usize| &weights[(first + i) * stride + j * PAGE_TOKENS..][..PAGE_TOKENS];
+            let (room, pairs) = (&mut self.weights, &self.block_pairs[..]);
+            let reading = match share {
+                _ if !simple => Reading::Apart([false; GROUP]),
+                1 => room.lay::<1>(first, pairs, &scales, levels, &weights),
+                2 => room.lay::<2>(first, pairs, &scales, levels, &weights),
+                3 => room.lay::<3>(first, pairs, &scales, levels, &weights),
+                _ => room.lay::<4>(first, pairs, &scales, levels, &weights),
+            };
+            let parts = if reading == Reading::Together { 1 } else { pages.len() };
+            for (j, part) in pages.chunks(pages.len() / parts).enumerate() {
+                if matches!(reading, Reading::Together) || matches!(reading, Reading::Apart(close) if close[j]) {
                     let acc = &mut self.acc[2 * first * lines..][..2 * share * lines];
-                    let (w, factors) = self.weights.integers();
-                    let pages = &pages[at..at + count];
+                    let (w, steps) = room.integers(j, pairs.len(), share);
                     // SAFETY: all lines of each page, and what was laid out for them, scaled to fit.
-                    unsafe { by_columns!(share, integers::value_pages(pages, levels, &self.lines, w, factors, acc)) };
-                } else if simple && count > 1 {
-                    count = 1;
+                    unsafe { by_columns!(share, integers::value_pages(part, levels, &self.lines, w, steps, acc)) };
                     continue;
-                } else {
-                    if !self.exact_used {
-                        self.exact_used = true;
-                        self.exact.clear();
-                        self.exact.resize(self.columns * lines, Lane::default());
-                    }
-                    let acc = self.exact[first * lines..][..share * lines].as_mut_ptr();
-                    for (j, &(codes, next)) in pages[at..at + count].iter().enumerate() {
-                        let w = self.weights.lay_exact(share, &self.block_pairs, &scales, j, &weights);
-                        // SAFETY: all slabs and accumulators, and eight weights for each block and column.
-                        unsafe { by_columns!(share, codes::value_page(codes, next, &self.lines, w, book, acc)) };
-                    }
                 }
-                at += count;
+                if !self.exact_used {
+                    self.exact_used = true;
+                    self.exact.clear();
+                    self.exact.resize(self.columns * lines, Lane::default());
+                }
+                let acc = self.exact[first * lines..][..share * lines].as_mut_ptr();
+                let w = room.lay_exact(share, pairs, &scales, j, &weights);
+                let (codes, next) = part[0];
+                // SAFETY: all slabs and accumulators, and eight weights for each block and column.
+                unsafe { by_columns!(share, codes::value_page(codes, next, &self.lines, w, book, acc)) };
             }
         }
     }
@@ -408,17 +410,22 @@ impl Lanes {
             let (part, i) = (column / SHARED, column % SHARED);
             let share = SHARED.min(self.columns - part * SHARED);
             let zeros = &self.zeros[column * blocks..][..blocks];
-            let at = |line: usize| part * SHARED * lines + line * share + i;
+            let at = part * SHARED * lines + i;
             for (place, out) in out.chunks_exact_mut(8).enumerate() {
                 // Eight lines and one channel of each are eight neighbours.
-                let (slab, second) = (place / 2, place % 2);
-                let mut sums = lay::totals([0, 1, 2, 3, 4, 5, 6, 7].map(|line| &self.acc[2 * at(8 * slab + line) + second]));
-                for (line, sum) in sums.iter_mut().enumerate() {
-                    if self.exact_used {
-                        let l = &self.exact[at(8 * slab + line)].0;
-                        *sum += (l[second] + l[4 + second]) + (l[2 + second] + l[6 + second]);
+                let (line, second) = (place / 2 * 8, place % 2);
+                let lanes = &self.acc[2 * (at + line * share) + second..][..14 * share + 1];
+                lay::add_totals(lanes, 2 * share, out);
+                if self.exact_used {
+                    for (j, out) in out.iter_mut().enumerate() {
+                        let l = &self.exact[at + (line + j) * share].0;
+                        *out += (l[second] + l[4 + second]) + (l[2 + second] + l[6 + second]);
                     }
-                    out[line] += *sum + zeros[self.blocks[8 * place + line]];
+                }
+                if self.has_zeros {
+                    for (out, block) in out.iter_mut().zip(&self.blocks[8 * place..]) {
+                        *out += zeros[*block];
+                    }
                 }
             }
         }

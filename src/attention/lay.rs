@@ -13,7 +13,7 @@ mod queries;
 mod weights;
 
 pub(super) use queries::Queries;
-pub(super) use weights::{Scales, Weights};
+pub(super) use weights::{Reading, Scales, Weights};
 
 /// Factors stop here: numbers this small add nothing.
 const MOST: f32 = 1e30;
@@ -61,11 +61,20 @@ fn halves(x: [__m256; 8], pair: impl Fn(__m256, __m256) -> __m256) -> [__m256; 2
     [_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b)]
 }
 
-/// Sums of eight times eight numbers.
+/// Adds the sums of eight lanes, `stride` apart, to eight numbers.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn totals(x: [&Lane; 8]) -> [f32; 8] {
-    // SAFETY: eight aligned elements.
-    let [low, high] = halves(x.map(|l| unsafe { _mm256_load_ps(l.0.as_ptr()) }), |a, b| _mm256_hadd_ps(a, b));
-    floats(_mm256_add_ps(low, high))
+pub(super) fn add_totals(lanes: &[Lane], stride: usize, out: &mut [f32]) {
+    assert!(lanes.len() > 7 * stride && out.len() == 8);
+    let mut x = [_mm256_setzero_ps(); 8];
+    for (i, x) in x.iter_mut().enumerate() {
+        // SAFETY: eight aligned elements of one of the lanes.
+        *x = unsafe { _mm256_load_ps(lanes.as_ptr().add(i * stride).cast()) };
+    }
+    let [low, high] = halves(x, |a, b| _mm256_hadd_ps(a, b));
+    // SAFETY: eight elements.
+    unsafe {
+        let before = _mm256_loadu_ps(out.as_ptr());
+        _mm256_storeu_ps(out.as_mut_ptr(), _mm256_add_ps(before, _mm256_add_ps(low, high)));
+    }
 }

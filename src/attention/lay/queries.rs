@@ -7,7 +7,7 @@ use super::{MOST, floats, halves, magnitude, total};
 use crate::attention::codes::Lane;
 use crate::attention::integers::{FLUSH, Levels, RANGE, Words};
 use crate::attention::lanes::SHARED;
-use crate::page::{PAGE_TOKENS, SLAB_CHANNELS};
+use crate::page::{MAX_HEAD_DIM, PAGE_TOKENS, SLAB_CHANNELS};
 
 /// Largest expected error of a score from rounding: that much of the weight of its token.
 const SCORE_ERROR: f32 = 7e-5;
@@ -137,6 +137,7 @@ impl Queries {
         assert!(q.len() >= C * stored && steps.len() >= C * stored && self.scales.len() == groups * stored);
         assert!(self.means.len() == groups * stored && self.chunks.iter().all(|c| (c.0 + c.1) * SLAB_CHANNELS <= stored));
         let mut bases = [[_mm256_setzero_ps(); 4]; C];
+        let mut factors = [[0.0; C]; MAX_HEAD_DIM / SLAB_CHANNELS];
         self.errors[first..first + C].fill(0.0);
         // Eight sums at a time: four columns of two chunks.
         for n in (0..self.chunks.len()).step_by(2) {
@@ -190,12 +191,15 @@ impl Queries {
                 for c in 0..C {
                     self.errors[first + c] += error[4 * k + c];
                 }
-                let factors = std::array::from_fn(|c| factor[4 * k + c]);
-                if groups == 1 {
-                    self.round::<C>(first, self.chunks[n + k], steps, factors);
-                } else {
-                    self.round_split::<C>(first, self.chunks[n + k], steps, factors);
-                }
+                factors[n + k] = std::array::from_fn(|c| factor[4 * k + c]);
+            }
+        }
+        // Apart from the above, so that nothing waits for the divisions.
+        for (n, factors) in factors.into_iter().enumerate().take(self.chunks.len()) {
+            if groups == 1 {
+                self.round::<C>(first, self.chunks[n], steps, factors);
+            } else {
+                self.round_split::<C>(first, self.chunks[n], steps, factors);
             }
         }
         for (to, base) in self.bases[first..].iter_mut().zip(bases) {

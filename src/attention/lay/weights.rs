@@ -2,9 +2,9 @@
 
 use std::arch::x86_64::*;
 
-use super::{MOST, floats, magnitude};
+use super::{MOST, floats, halves, magnitude, total};
 use crate::attention::codes::Lane;
-use crate::attention::integers::{Levels, RANGE, Words};
+use crate::attention::integers::{GROUP, Levels, RANGE, Words};
 use crate::attention::lanes::SHARED;
 use crate::page::PAGE_TOKENS;
 
@@ -24,31 +24,101 @@ impl Scales<'_> {
     }
 }
 
-/// Squared distance of `x` times `factor` from integers.
+/// [`Sizes`] of the products of what `of` gives for each page.
+#[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn distance(x: &[f32], factor: f32) -> f32 {
+fn sizes<'a>(pages: usize, of: impl Fn(usize) -> (&'a [f32], &'a [f32])) -> Sizes {
+    let (mut maxima, mut squares) = ([_mm256_setzero_ps(); 8], [_mm256_setzero_ps(); 8]);
+    for page in 0..pages {
+        let (p, scale) = of(page);
+        let (p, scale): (&[f32; PAGE_TOKENS], &[f32; PAGE_TOKENS]) =
+            (p.try_into().expect("64 weights"), scale.try_into().expect("64 scales"));
+        // Rows of eight places that meet in one 32-bit sum: 0, 1, 4, 5 and the others.
+        let mut sums = [_mm256_setzero_ps(); 2];
+        let (mut top, mut square) = (_mm256_setzero_ps(), _mm256_setzero_ps());
+        for row in 0..8 {
+            // SAFETY: eight of 64 elements each.
+            let x =
+                unsafe { _mm256_mul_ps(_mm256_loadu_ps(p.as_ptr().add(8 * row)), _mm256_loadu_ps(scale.as_ptr().add(8 * row))) };
+            let size = magnitude(x);
+            sums[row / 2 % 2] = _mm256_add_ps(sums[row / 2 % 2], size);
+            top = _mm256_max_ps(top, size);
+            square = _mm256_fmadd_ps(x, x, square);
+        }
+        (maxima[page], maxima[GROUP + page], squares[page]) = (_mm256_hadd_ps(sums[0], sums[1]), top, square);
+    }
+    let [low, high] =
+        halves(maxima, |a, b| _mm256_max_ps(_mm256_shuffle_ps::<0b10_00_10_00>(a, b), _mm256_shuffle_ps::<0b11_01_11_01>(a, b)));
+    let maxima = floats(_mm256_max_ps(low, high));
+    let [low, high] = halves(squares, |a, b| _mm256_hadd_ps(a, b));
+    let squares = floats(_mm256_add_ps(low, high));
+    let four = |x: &[f32]| [x[0], x[1], x[2], x[3]];
+    Sizes { sums: four(&maxima), tops: four(&maxima[GROUP..]), squares: four(&squares) }
+}
+
+/// Squared distance of `a` times `b` times `factor` from integers.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn distance(a: &[f32], b: &[f32], factor: f32) -> f32 {
     let mut sum = _mm256_setzero_ps();
-    for x in x.chunks_exact(8) {
-        // SAFETY: eight elements.
-        let x = unsafe { _mm256_mul_ps(_mm256_loadu_ps(x.as_ptr()), _mm256_set1_ps(factor)) };
+    for (a, b) in a.chunks_exact(8).zip(b.chunks_exact(8)) {
+        // SAFETY: eight elements each.
+        let x = unsafe { _mm256_mul_ps(_mm256_loadu_ps(a.as_ptr()), _mm256_loadu_ps(b.as_ptr())) };
+        let x = _mm256_mul_ps(x, _mm256_set1_ps(factor));
         let off = _mm256_sub_ps(x, _mm256_cvtepi32_ps(_mm256_cvtps_epi32(x)));
         sum = _mm256_fmadd_ps(off, off, sum);
     }
-    floats(sum).iter().sum()
+    total(sum)
+}
+
+/// How a group of pages can be read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::attention) enum Reading {
+    /// By integers with common factors.
+    Together,
+    /// Each page by itself: by integers with factors of its own, or in fp32 (false).
+    Apart([bool; GROUP]),
 }
 
 /// Weights of the values of a group of pages.
 #[derive(Default)]
 pub(in crate::attention) struct Weights {
-    products: Vec<f32>,
+    /// `[page][pair][half][n%2][column]`.
     words: Vec<Words>,
-    /// `[pair][column]`.
-    factors: Vec<[f32; 4]>,
+    /// What a step of the integers is worth, `[page][pair][column]`.
+    steps: Vec<[f32; SHARED]>,
+    factors: Vec<[f32; SHARED]>,
     exact: Vec<Lane>,
+    /// `[pair][column]`.
+    sizes: Vec<Sizes>,
     /// Squared error and squared norm of this run so far, `[column][pair]`: what earlier pages did not need, later ones may.
     spent: Vec<[f32; 2]>,
     /// The same with the pages that are being laid out.
     tried: Vec<[f32; 2]>,
+}
+
+/// Of the weights (times scales) of each page: the largest sum of magnitudes that meets in one 32-bit sum, the largest
+/// magnitude, the sum of squares.
+#[derive(Debug, Clone, Copy, Default)]
+struct Sizes {
+    sums: [f32; GROUP],
+    tops: [f32; GROUP],
+    squares: [f32; GROUP],
+}
+
+/// What a step of integers is worth so that nothing overflows.
+fn step(sum: f32, top: f32, levels: &Levels) -> f32 {
+    (1.0 / MOST).max(sum * (levels.top / RANGE)).max(top * (1.0 / 32767.0))
+}
+
+/// Squared error from rounding, or infinity if it is no number.
+fn rounding(pages: usize, step: f32) -> f32 {
+    let error = (pages * PAGE_TOKENS) as f32 / 12.0 * step * step;
+    if error.is_nan() { f32::INFINITY } else { error }
+}
+
+/// Whether a squared error is within the limit beside what was spent.
+fn within(error: f32, [spent, norm]: [f32; 2]) -> bool {
+    spent + error <= WEIGHT_ERROR * WEIGHT_ERROR * norm
 }
 
 impl Weights {
@@ -58,97 +128,111 @@ impl Weights {
         self.spent.resize(columns * pairs, [0.0; 2]);
     }
 
-    /// Lays out the columns from `first` on for integers, `[pair][page][half][n%2][share]`; false if they are not close enough.
+    /// Lays out `C` columns from `first` on for integers, `[page][pair][half][n%2][C]`, as far as they are close enough.
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub(in crate::attention) fn lay<'a>(
+    pub(in crate::attention) fn lay<'a, const C: usize>(
         &mut self,
         first: usize,
-        share: usize,
         pairs: &[[usize; 2]],
         scales: &Scales,
         levels: &Levels,
         weights: &impl Fn(usize, usize) -> &'a [f32],
-    ) -> bool {
-        let pages = scales.pages;
-        self.products.resize(pages * PAGE_TOKENS, 0.0);
-        self.words.resize(pairs.len() * pages * 4 * share, Words::default());
-        self.factors.clear();
-        self.factors.resize(pairs.len(), [0.0; SHARED]);
-        self.tried.clone_from(&self.spent);
-        for (n, pair) in pairs.iter().enumerate() {
-            for i in 0..share {
-                // Rows of eight places that meet in one 32-bit sum: 0, 1, 4, 5 and the others.
-                let mut sums = [_mm256_setzero_ps(); 2];
-                let (mut top, mut energy) = (_mm256_setzero_ps(), _mm256_setzero_ps());
-                for page in 0..pages {
-                    let from = weights(i, page).chunks_exact(8).zip(scales.of(page, pair[0]).chunks_exact(8));
-                    let to = self.products[page * PAGE_TOKENS..][..PAGE_TOKENS].chunks_exact_mut(8);
-                    for (row, (to, (p, scale))) in to.zip(from).enumerate() {
-                        // SAFETY: eight elements each.
-                        unsafe {
-                            let x = _mm256_mul_ps(_mm256_loadu_ps(p.as_ptr()), _mm256_loadu_ps(scale.as_ptr()));
-                            _mm256_storeu_ps(to.as_mut_ptr(), x);
-                            let size = magnitude(x);
-                            sums[row / 2 % 2] = _mm256_add_ps(sums[row / 2 % 2], size);
-                            // In this order a NaN passes.
-                            top = _mm256_max_ps(top, size);
-                            energy = _mm256_fmadd_ps(x, x, energy);
-                        }
-                    }
-                }
-                let larger = |a: f32, b: f32| if a > b { a } else { b };
-                let sum = floats(_mm256_hadd_ps(sums[0], sums[1])).into_iter().fold(0.0, larger);
-                let top = floats(top).into_iter().fold(0.0, larger);
-                let energy = floats(energy).iter().sum::<f32>();
-                let factor = (RANGE / (levels.top * sum)).min(32767.0 / top).min(MOST);
-                let inverse = 1.0 / factor;
-                let [spent, norm] = &mut self.tried[(first + i) * pairs.len() + n];
-                *norm += energy;
-                let limit = WEIGHT_ERROR * WEIGHT_ERROR * *norm - *spent;
-                let mut error = (pages * PAGE_TOKENS) as f32 / 12.0 * inverse * inverse;
-                // Where few weights dominate, most of the others round to nothing: the estimate is too high.
-                // A NaN is beyond it, too.
-                let beyond = |error: f32| error > limit || error.is_nan() || limit.is_nan();
-                if beyond(error) {
-                    error = distance(&self.products, factor) * inverse * inverse;
-                    if beyond(error) {
-                        return false;
-                    }
-                }
-                *spent += error;
-                self.factors[n][i] = inverse * levels.step;
-                self.round(n, i, pages, share, factor);
+    ) -> Reading {
+        let (pages, count) = (scales.pages, pairs.len());
+        self.sizes.clear();
+        for pair in pairs {
+            for i in 0..C {
+                self.sizes.push(sizes(pages, |page| (weights(i, page), scales.of(page, pair[0]))));
             }
         }
-        std::mem::swap(&mut self.spent, &mut self.tried);
-        true
+        self.steps.resize(pages * count, [0.0; SHARED]);
+        self.factors.resize(pages * count, [0.0; SHARED]);
+        self.words.resize(pages * count * 4 * C, Words::default());
+        self.tried.clone_from(&self.spent);
+        let mut together = true;
+        for (at, sizes) in self.sizes.iter().enumerate() {
+            let (n, i) = (at / C, at % C);
+            let larger = |a: f32, b: &f32| if *b > a { *b } else { a };
+            let step = step(sizes.sums.iter().sum(), sizes.tops.iter().fold(0.0, larger), levels);
+            let budget = &mut self.tried[(first + i) * count + n];
+            budget[1] += sizes.squares.iter().sum::<f32>();
+            let error = rounding(pages, step);
+            if !within(error, *budget) {
+                together = false;
+                break;
+            }
+            budget[0] += error;
+            for page in 0..pages {
+                (self.steps[page * count + n][i], self.factors[page * count + n][i]) = (step * levels.step, 1.0 / step);
+            }
+        }
+        if together {
+            std::mem::swap(&mut self.spent, &mut self.tried);
+            (0..pages).for_each(|page| self.round::<C>(page, pairs, scales, weights));
+            return Reading::Together;
+        }
+        let mut close = [false; GROUP];
+        for (page, close) in close.iter_mut().enumerate().take(pages) {
+            self.tried.clone_from(&self.spent);
+            *close = true;
+            for (at, sizes) in self.sizes.iter().enumerate() {
+                let (n, i) = (at / C, at % C);
+                let step = step(sizes.sums[page], sizes.tops[page], levels);
+                let budget = &mut self.tried[(first + i) * count + n];
+                budget[1] += sizes.squares[page];
+                let mut error = rounding(1, step);
+                if !within(error, *budget) {
+                    // Where few weights dominate, most of the others round to nothing: the estimate is too high.
+                    error = distance(weights(i, page), scales.of(page, pairs[n][0]), 1.0 / step) * step * step;
+                }
+                budget[0] += error;
+                *close &= within(0.0, *budget);
+                (self.steps[page * count + n][i], self.factors[page * count + n][i]) = (step * levels.step, 1.0 / step);
+            }
+            if *close {
+                std::mem::swap(&mut self.spent, &mut self.tried);
+                self.round::<C>(page, pairs, scales, weights);
+            }
+        }
+        Reading::Apart(close)
     }
 
-    /// Rounds the products of column `i` and puts them where the integers want them.
+    /// Rounds the products of a page and puts them where the integers want them.
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn round(&mut self, n: usize, i: usize, pages: usize, share: usize, factor: f32) {
-        let factor = _mm256_set1_ps(factor);
-        let words = &mut self.words[n * pages * 4 * share..][..pages * 4 * share];
-        for (page, rows) in self.products.chunks_exact(PAGE_TOKENS).enumerate() {
-            let row = |r: usize| {
-                // SAFETY: eight elements.
-                let x = unsafe { _mm256_loadu_ps(rows[8 * r..][..8].as_ptr()) };
-                _mm256_cvtps_epi32(_mm256_mul_ps(x, factor))
-            };
-            for (at, r) in [0, 1, 4, 5].into_iter().enumerate() {
-                // Halves of a register are two rows: this one and the one two further.
-                let x = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(row(r), row(r + 2)));
-                let to = &mut words[(page * 4 + at) * share + i];
-                // SAFETY: 16 aligned words.
-                unsafe { _mm256_store_si256(to.0.as_mut_ptr().cast(), x) };
+    fn round<'a, const C: usize>(
+        &mut self,
+        page: usize,
+        pairs: &[[usize; 2]],
+        scales: &Scales,
+        weights: &impl Fn(usize, usize) -> &'a [f32],
+    ) {
+        let words = &mut self.words[page * pairs.len() * 4 * C..][..pairs.len() * 4 * C];
+        for ((pair, words), factors) in pairs.iter().zip(words.chunks_exact_mut(4 * C)).zip(&self.factors[page * pairs.len()..]) {
+            let scale: &[f32; PAGE_TOKENS] = scales.of(page, pair[0]).try_into().expect("64 scales");
+            for i in 0..C {
+                let p: &[f32; PAGE_TOKENS] = weights(i, page).try_into().expect("64 weights");
+                let factor = _mm256_set1_ps(factors[i]);
+                let row = |r: usize| {
+                    // SAFETY: eight of 64 elements each.
+                    let x = unsafe {
+                        _mm256_mul_ps(_mm256_loadu_ps(p.as_ptr().add(8 * r)), _mm256_loadu_ps(scale.as_ptr().add(8 * r)))
+                    };
+                    _mm256_cvtps_epi32(_mm256_mul_ps(x, factor))
+                };
+                for (at, r) in [0, 1, 4, 5].into_iter().enumerate() {
+                    // Halves of a register are two rows: this one and the one two further.
+                    let x = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(row(r), row(r + 2)));
+                    // SAFETY: 16 aligned words.
+                    unsafe { _mm256_store_si256(words[at * C + i].0.as_mut_ptr().cast(), x) };
+                }
             }
         }
     }
 
-    /// Words and factors (times the levels' step) of all blocks.
-    pub(in crate::attention) fn integers(&self) -> (*const Words, &[[f32; 4]]) {
-        (self.words.as_ptr(), &self.factors)
+    /// Words and steps (times the levels' step) of a page and those after it.
+    pub(in crate::attention) fn integers(&self, page: usize, pairs: usize, share: usize) -> (*const Words, &[[f32; 4]]) {
+        (self.words[page * pairs * 4 * share..].as_ptr(), &self.steps[page * pairs..][..pairs])
     }
 
     /// Lays out `share` columns of one page in fp32: `[pair][n/16][half][n%2][share]`.
