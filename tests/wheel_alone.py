@@ -16,6 +16,9 @@ assert where.is_relative_to(Path(sys.prefix).resolve()), (
 )
 assert importlib.util.find_spec("torch") is None, "expected a venv without torch, found torch"
 
+heavy = {"torch", "transformers", "safetensors"} & set(sys.modules)
+assert not heavy, f"expected an import of numpy and nothing else, got {heavy}"
+
 x = np.random.default_rng(0).standard_normal((4, 256), dtype=np.float32)
 back = np.asarray(nqkv_rs.dequantize(nqkv_rs.quantize(x)))
 assert back.shape == x.shape, f"expected shape {x.shape}, got {back.shape}"

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from nqkv_rs import _core
-from nqkv_rs._arguments import whole
+from nqkv_rs._arguments import dimensions, real, whole, wholes
 from nqkv_rs.saved import map_saved, pages
 from nqkv_rs.scheme import Scheme
 
@@ -22,6 +22,14 @@ Allocate = Callable[[int, int, int], Any]
 
 def _numpy_rows(rows: int, kv_heads: int, page_bytes: int) -> Any:
     return np.empty((rows, kv_heads, page_bytes), dtype=np.uint8)
+
+
+def _allocator(allocate: Any) -> Allocate:
+    if allocate is None:
+        return _numpy_rows
+    if not callable(allocate):
+        raise TypeError(f"allocate: expected a function, got {allocate!r}")
+    return allocate  # type: ignore[no-any-return]
 
 
 class LayerCache:
@@ -38,8 +46,8 @@ class LayerCache:
         value_dim: head size of values; keys' if None.
         batch: sequences.
         exact_dtype: element type of exact tokens (tail and sinks), unless the scheme names one.
-        allocate: ``(rows, kv_heads, page_bytes) -> uint8 array`` of that shape, contiguous and
-            writable; NumPy's ``empty`` if None.
+        allocate: ``(rows, kv_heads, page_bytes) -> uint8 array`` of that shape (or of more rows),
+            contiguous and writable, in memory that no cache has; NumPy's ``empty`` if None.
 
     Raises:
         ValueError: a number or shape outside its domain.
@@ -65,14 +73,14 @@ class LayerCache:
         exact_dtype: str = "float32",
         allocate: Allocate | None = None,
     ) -> None:
-        if allocate is not None and not callable(allocate):
-            raise TypeError(f"allocate: expected a function, got {allocate!r}")
         self.scheme = Scheme.of(scheme)
         kv_heads = whole("kv_heads", kv_heads, 1, 4096)
         batch = whole("batch", batch, 0, 65536)
         self.key_dim = whole("key_dim", key_dim, 1, 256)
         self.value_dim = key_dim if value_dim is None else whole("value_dim", value_dim, 1, 256)
-        self._allocate = allocate or _numpy_rows
+        if not isinstance(exact_dtype, str):
+            raise TypeError(f"exact_dtype: expected a name such as 'float32', got {exact_dtype!r}")
+        self._allocate = _allocator(allocate)
         self.core = _core.LayerCache(
             self.scheme.to_json(), kv_heads, key_dim, self.value_dim, exact_dtype, batch
         )
@@ -107,14 +115,10 @@ class LayerCache:
             ValueError: a wrong shape, or a NaN or infinity (named by its index).
             TypeError: a wrong dtype or device. After any error the cache is as it was.
         """
-        shape = tuple(getattr(k, "shape", ()))
-        if len(shape) == 4:
-            missing = self.core.rows_missing(shape[2])
-            if missing > 0:
-                self.core.check_append(k, v)
-                rows = self._allocate(missing, self.core.kv_heads, self.core.page_bytes)
-                self.core.add_rows(rows)
-        self.core.append(k, v)
+        # Asked again after every allocation: other threads may have taken the rows meanwhile.
+        while missing := self.core.try_append(k, v):
+            rows = self._allocate(missing, self.core.kv_heads, self.core.page_bytes)
+            self.core.add_rows(rows, missing)
 
     def attend(
         self,
@@ -153,14 +157,18 @@ class LayerCache:
             TypeError: a wrong dtype or device.
         """
         if out is None:
-            shape = tuple(getattr(q, "shape", ()))
+            shape = dimensions("q", q)
             if len(shape) != 4:
                 got = f"{type(q).__name__} of shape {shape}"
-                raise (ValueError if shape else TypeError)(
+                raise ValueError(
                     f"q: expected an array [batch, q_heads, queries, key_dim], got {got}"
                 )
             b, heads, n, _ = shape
-            dtype = "float64" if str(q.dtype).endswith("float64") else "float32"
+            if n > 1 and self.core.batch > 0 and n > (held := self.core.tokens(0)):
+                # Said here, before memory is asked for.
+                expected = f"at most {held} (the tokens held, queries included)"
+                raise ValueError(f"queries: expected {expected}, got {n}")
+            dtype = "float64" if str(getattr(q, "dtype", "")).endswith("float64") else "float32"
             out = np.empty((b, n, heads, self.value_dim), dtype=dtype)
         self.attend_into(
             q, out, scale, starts=starts, fresh=fresh, window=window, soft_cap=soft_cap, lse=lse
@@ -191,13 +199,15 @@ class LayerCache:
         if starts is not None:
             if not hasattr(starts, "__iter__"):
                 raise TypeError(f"starts: expected a position per sequence, got {starts!r}")
-            starts = [whole("starts", start, 0) for start in starts]
+            starts = wholes("starts", starts, 0)
         if window is not None:
             window = whole("window", window, 1)
+        if soft_cap is not None:
+            soft_cap = real("soft_cap", soft_cap)
         return self.core.attend(
             q,
             out,
-            1 / math.sqrt(self.key_dim) if scale is None else scale,
+            1 / math.sqrt(self.key_dim) if scale is None else real("scale", scale),
             starts=starts,
             fresh_k=fresh_k,
             fresh_v=fresh_v,
@@ -226,8 +236,9 @@ class LayerCache:
         Raises:
             ValueError: more than a sequence holds.
         """
-        if hasattr(lengths, "__iter__"):
-            kept = [whole("lengths", n, 0) for n in lengths]
+        # NumPy's numbers have `__iter__`, too.
+        if hasattr(lengths, "__iter__") and getattr(lengths, "ndim", 1) > 0:
+            kept = wholes("lengths", lengths, 0)
         else:
             kept = [whole("lengths", lengths, 0)] * self.core.batch
         self.core.crop(kept)
@@ -238,7 +249,7 @@ class LayerCache:
         Args:
             sequences: indices; pages are shared, exact tokens copied.
         """
-        self.core.select([whole("sequences", i, 0) for i in sequences])
+        self.core.select(wholes("sequences", sequences, 0))
 
     def fork(self) -> LayerCache:
         """A cache of its own with the same tokens.
@@ -261,7 +272,7 @@ class LayerCache:
         Args:
             sizes: sequences of each fork; their sum is the batch.
         """
-        sizes = [whole("sizes", n, 0) for n in sizes]
+        sizes = wholes("sizes", sizes, 0)
         if sum(sizes) != self.core.batch:
             raise ValueError(f"sizes: expected a sum of {self.core.batch} (the batch), got {sizes}")
         parts, first = [], 0
@@ -279,10 +290,13 @@ class LayerCache:
         Args:
             caches: at least one, all of one scheme and shape; lengths may differ.
         """
+        if not hasattr(caches, "__iter__"):
+            raise TypeError(f"caches: expected several LayerCache, got {type(caches).__name__}")
         caches = list(caches)
         for cache in caches:
             if not isinstance(cache, LayerCache):
-                raise TypeError(f"caches: expected LayerCache, got {type(cache).__name__}")
+                got = f"{type(cache).__module__}.{type(cache).__qualname__}"
+                raise TypeError(f"caches: expected nqkv_rs.LayerCache, got {got}")
         joined = _core.LayerCache.join([cache.core for cache in caches])
         return cls._of(joined, caches[0])
 
@@ -295,7 +309,7 @@ class LayerCache:
         Returns:
             Bytes written.
         """
-        return _core.save(os.fspath(path), "null", [self.core])
+        return _core.save(os.fsdecode(path), "null", [self.core])
 
     @classmethod
     def load(
@@ -319,12 +333,12 @@ class LayerCache:
             ValueError: a truncated, damaged, foreign or newer file, or a layer that is not packed.
             OSError: no such file.
         """
+        layer, allocate = whole("layer", layer, 0), _allocator(allocate)
         mapped, saved = map_saved(path)
-        layer = whole("layer", layer, 0)
         try:
             core = saved.layer(layer, pages(mapped, saved, layer))
         except ValueError as error:
-            raise ValueError(f"{os.fspath(path)}: {error}") from None
+            raise ValueError(f"{os.fsdecode(path)}: {error}") from None
         return cls.of_saved(core, json.loads(saved.header), layer, allocate=allocate)
 
     @classmethod
@@ -344,11 +358,17 @@ class LayerCache:
             layer: the layer's index.
             allocate: as for the constructor.
         """
-        of = header["layers"][layer]
+        if not isinstance(core, _core.LayerCache):
+            raise TypeError(f"core: expected _core.LayerCache, got {type(core).__name__}")
+        try:
+            of = header["layers"][layer]
+            scheme = Scheme.of(header["schemes"][of["scheme"]])
+        except (KeyError, IndexError, TypeError):
+            raise ValueError(f"header: expected a saved one with a packed layer {layer}") from None
         cache = cls.__new__(cls)
-        cache.scheme = Scheme.of(header["schemes"][of["scheme"]])
+        cache.scheme = scheme
         cache.key_dim, cache.value_dim = of["key_dim"], of["value_dim"]
-        cache._allocate = allocate or _numpy_rows
+        cache._allocate = _allocator(allocate)
         cache.core = core
         return cache
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from nqkv_rs import _core, _cuda
-from nqkv_rs._arguments import whole, word
+from nqkv_rs._arguments import dimensions, whole, word
 
 __all__ = ["Quantized", "codebook", "dequantize", "quantize"]
 
@@ -94,6 +94,8 @@ def _name(codebook: str | Sequence[float]) -> str:
         return codebook
     try:
         levels = [float(v) for v in codebook]
+    except OverflowError:
+        raise ValueError("codebook: expected finite levels, got one beyond float64") from None
     except (TypeError, ValueError):
         raise TypeError(f"codebook: expected a name or numbers, got {codebook!r}") from None
     # JSON has no words for these, so the core could not name them.
@@ -163,13 +165,15 @@ def quantize(
         >>> float(dequantize(q)[0, 0]), q.effective_bits
         (1.0, 4.5)
     """
-    if not hasattr(x, "shape"):
-        raise TypeError(f"x: expected an array with __dlpack__ and shape, got {type(x).__name__}")
+    shape = dimensions("x", x)
     name = _name(codebook)
     block = whole("block", block, 16, 512)
     count = _FIELDS[word("scale", scale, list(_FIELDS))]
     size = _BYTES[word("scale_dtype", scale_dtype, list(_BYTES))]
-    shape = tuple(int(s) for s in x.shape)
+    if not isinstance(flat, bool):
+        raise TypeError(f"flat: expected True or False, got {flat!r}")
+    if not isinstance(order, str):
+        raise TypeError(f"order: expected 'low' or 'high', got {order!r}")
     codes_bytes, fields_bytes = _core.quantized_sizes(shape, name, block, scale, scale_dtype, flat)
     codes = _empty(x, (codes_bytes,), "uint8")
     fields = _empty(x, (fields_bytes // (count * size), count, size), "uint8")

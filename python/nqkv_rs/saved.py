@@ -27,6 +27,7 @@ def map_saved(path: str | os.PathLike[str]) -> tuple[np.ndarray[Any, Any], _core
         ValueError: a truncated, damaged, foreign or newer file; the message says which.
         OSError: no such file, or one that cannot be mapped.
     """
+    path = os.fsdecode(path)
     with Path(path).open("rb") as file:
         if os.fstat(file.fileno()).st_size == 0:
             raise ValueError(f"{path}: saved cache: truncated: expected at least 8 bytes, got 0")

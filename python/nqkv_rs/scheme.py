@@ -18,6 +18,24 @@ def presets() -> list[str]:
     return list(_core.presets())
 
 
+def _json(fields: Mapping[str, Any]) -> str:
+    """JSON, or an error that says what it was made of."""
+    try:
+        return json.dumps(fields, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        expected = "finite numbers, words and lists of them"
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"scheme: expected {expected}, got something else ({error})") from None
+    except RecursionError:
+        raise ValueError("scheme: expected a few levels of nesting, got too many") from None
+
+
+def _text(what: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{what}: expected a str, got {type(value).__name__}")
+    return value
+
+
 def _tuple(x: Any) -> Any:
     if isinstance(x, Sequence) and not isinstance(x, str):
         return tuple(_tuple(v) for v in x)
@@ -115,7 +133,7 @@ class Scheme:
         Raises:
             ValueError: there is no such preset.
         """
-        return cls.from_json(_core.preset(name))
+        return cls.from_json(_core.preset(_text("preset", name)))
 
     @classmethod
     def from_json(cls, text: str) -> Scheme:
@@ -127,7 +145,7 @@ class Scheme:
         Raises:
             ValueError: not such a form, or another version of it.
         """
-        fields: dict[str, Any] = json.loads(_core.check_scheme(text))
+        fields: dict[str, Any] = json.loads(_core.check_scheme(_text("text", text)))
         fields.pop("version")
         key, value = Side(**fields.pop("key")), Side(**fields.pop("value"))
         return cls(key=key, value=value, **fields)
@@ -137,7 +155,7 @@ class Scheme:
         fields = {k: v for k, v in asdict(self).items() if v is not None}
         for side in ("key", "value"):
             fields[side] = {k: v for k, v in fields[side].items() if v is not None}
-        return json.dumps({"version": 1, **fields})
+        return _json({"version": 1, **fields})
 
     @classmethod
     def of(
@@ -166,7 +184,7 @@ class Scheme:
         if isinstance(scheme, str):
             scheme = cls.preset(scheme)
         elif isinstance(scheme, Mapping):
-            scheme = cls.from_json(json.dumps(scheme))
+            scheme = cls.from_json(_json(scheme))
         elif not isinstance(scheme, cls):
             expected = "a preset's name, a Scheme or a mapping"
             raise TypeError(f"scheme: expected {expected}, got {type(scheme).__name__}")

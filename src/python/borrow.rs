@@ -1,6 +1,6 @@
 //! Foreign tensors, borrowed through DLPack for the length of a call.
 
-use pyo3::exceptions::{PyBufferError, PyTypeError};
+use pyo3::exceptions::{PyException, PyTypeError};
 use pyo3::prelude::*;
 use pyo3::types::{PyCapsule, PyDict};
 
@@ -21,28 +21,33 @@ impl<'py> Borrowed<'py> {
     pub(super) fn new(what: &str, object: &Bound<'py, PyAny>) -> PyResult<Self> {
         let py = object.py();
         let name = || object.get_type().name().map_or_else(|_| "an object".to_owned(), |n| n.to_string());
-        if !object.hasattr("__dlpack__")? {
+        if !object.hasattr("__dlpack__").map_err(|e| foreign(what, &e, py, ""))? {
             let expected = "an array with __dlpack__ (NumPy, PyTorch, ...)";
             return Err(PyTypeError::new_err(format!("{what}: expected {expected}, got {}", name())));
         }
         // PyTorch raises for devices that DLPack has no number for, such as meta.
-        let (kind, id): (i32, i32) = object
-            .call_method0("__dlpack_device__")
-            .and_then(|d| d.extract())
-            .map_err(|e| Error::memory(what, "a tensor in host memory", format!("one on another device: {}", e.value(py))))?;
+        let (kind, id): (i32, i32) = object.call_method0("__dlpack_device__").and_then(|d| d.extract()).map_err(|e| {
+            match e.is_instance_of::<PyException>(py) {
+                true => Error::memory(what, "a tensor in host memory", format!("one on another device: {}", e.value(py))).into(),
+                false => e,
+            }
+        })?;
         if kind != 1 {
             let got = format!("a tensor on DLPack device type {kind} (id {id})");
             return Err(Error::memory(what, "a tensor in host memory (device type 1); this version runs on CPUs", got).into());
         }
         // PyTorch exports a lazily negated tensor without its sign.
-        if object.hasattr("is_neg")? && object.call_method0("is_neg")?.extract().unwrap_or(false) {
+        if object.call_method0("is_neg").and_then(|n| n.extract()).unwrap_or(false) {
             let got = format!("a lazily negated one: pass {what}.resolve_neg()");
             return Err(Error::memory(what, "a tensor whose memory holds its numbers", got).into());
         }
         // NumPy's bfloat16 is ml_dtypes', which DLPack export refuses: borrow the same bytes as float16.
         let brain = object.getattr("dtype").and_then(|d| d.getattr("name")).and_then(|n| n.extract::<String>());
         let brain = brain.is_ok_and(|n| n == "bfloat16");
-        let source = if brain { object.call_method1("view", ("float16",))? } else { object.clone() };
+        let source = match brain {
+            true => object.call_method1("view", ("float16",)).map_err(|e| foreign(what, &e, py, ""))?,
+            false => object.clone(),
+        };
         let versioned = PyDict::new(py);
         versioned.set_item("max_version", (1, 0))?;
         let capsule = match source.call_method("__dlpack__", (), Some(&versioned)) {
@@ -54,10 +59,7 @@ impl<'py> Borrowed<'py> {
                 Ok(true) => format!("; expected a tensor that needs no gradient: pass {what}.detach()"),
                 _ => String::new(),
             };
-            match e.is_instance_of::<PyBufferError>(py) || !hint.is_empty() {
-                true => PyTypeError::new_err(format!("{what}: DLPack export failed: {}{hint}", e.value(py))),
-                false => e,
-            }
+            foreign(what, &e, py, &hint)
         })?;
         let handle = capsule
             .cast::<PyCapsule>()
@@ -70,7 +72,8 @@ impl<'py> Borrowed<'py> {
                 return Err(Error::value(format!("{what}: DLPack version"), "1.x", got).into());
             }
             // SAFETY: version 1 has this layout; the producer keeps shape and strides alive with the tensor.
-            unsafe { TensorRef::new(what, &managed.tensor, managed.flags & 1 != 0)? }
+            // Bit 1: a copy, made for this call. What is written to it is lost, so it is as good as read only.
+            unsafe { TensorRef::new(what, &managed.tensor, managed.flags & 3 != 0)? }
         } else if let Ok(pointer) = handle.pointer_checked(Some(c"dltensor")) {
             // SAFETY: as above, for the unversioned form.
             unsafe { TensorRef::new(what, &pointer.cast::<DlManagedTensor>().as_ref().tensor, false)? }
@@ -79,6 +82,10 @@ impl<'py> Borrowed<'py> {
             return Err(PyTypeError::new_err(format!("{what}: expected {expected}, got another capsule")));
         };
         if brain {
+            // Whatever else its `view` gave may be narrower than what it says it is.
+            if tensor.element != Element::Float(Dtype::F16) {
+                return Err(Error::dtype(what, "16-bit elements of a bfloat16 array", "another type").into());
+            }
             tensor.element = Element::Float(Dtype::Bf16);
         }
         Ok(Self { tensor, capsule })
@@ -95,6 +102,16 @@ impl<'py> Borrowed<'py> {
         // that nobody writes meanwhile is the documented contract of every function here.
         Ok(unsafe { self.tensor.view(what)? })
     }
+}
+
+/// What a producer raised, by the argument's name. What ends a program (`KeyboardInterrupt`) stays as it is.
+fn foreign(what: &str, e: &PyErr, py: Python<'_>, hint: &str) -> PyErr {
+    if !e.is_instance_of::<PyException>(py) {
+        return e.clone_ref(py);
+    }
+    let named = PyTypeError::new_err(format!("{what}: DLPack export failed: {}{hint}", e.value(py)));
+    named.set_cause(py, Some(e.clone_ref(py)));
+    named
 }
 
 /// The bytes of an output tensor; an empty one may have a NULL address.

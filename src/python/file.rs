@@ -3,11 +3,13 @@
 use std::fs;
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
+use pyo3::exceptions::{PyOSError, PyValueError};
 use pyo3::prelude::*;
 
 use super::borrow::Borrowed;
-use super::cache::{LayerCache, pool_memory};
+use super::cache::{LayerCache, page_shape, pool_memory};
 use crate::cache;
 use crate::dlpack::Element;
 use crate::error::Error;
@@ -41,7 +43,7 @@ pub(super) fn save(py: Python<'_>, path: PathBuf, model: &str, layers: Vec<Optio
         held.push(match layer {
             None => Held::Empty,
             // A fork: what is written stays as it is, while the cache may go on.
-            Some(LayerArgument::Packed(cache)) => Held::Packed(cache.fork_inner()),
+            Some(LayerArgument::Packed(cache)) => Held::Packed(cache.fork_inner(py)),
             Some(LayerArgument::Dense(state, k, v)) => {
                 let tensors = [Borrowed::new("keys", &k)?, Borrowed::new("values", &v)?];
                 for (what, x) in ["keys", "values"].into_iter().zip(&tensors) {
@@ -69,13 +71,28 @@ pub(super) fn save(py: Python<'_>, path: PathBuf, model: &str, layers: Vec<Optio
             }
         });
     }
-    Ok(py.detach(|| write_whole(&path, &model, &layers))?)
+    py.detach(|| write_whole(&path, &model, &layers)).map_err(|e| os_error(&e, &path))
+}
+
+/// Python's own exception for an error of the system, which names the file; what no system was asked about is a wrong value.
+fn os_error(e: &io::Error, path: &Path) -> PyErr {
+    let text = e.to_string();
+    match e.raw_os_error() {
+        Some(code) => {
+            PyOSError::new_err((code, text.split(" (os error").next().unwrap_or("").to_owned(), path.display().to_string()))
+        }
+        None if e.kind() == io::ErrorKind::InvalidInput => PyValueError::new_err(format!("path: {text}, got {path:?}")),
+        None => PyOSError::new_err(format!("{}: {text}", path.display())),
+    }
 }
 
 /// Writes beside `path` and renames, so that nobody ever sees half a file.
 fn write_whole(path: &Path, model: &serde_json::Value, layers: &[Layer]) -> io::Result<u64> {
     let name = path.file_name().ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "expected the path of a file"))?;
-    let part = path.with_file_name(format!(".{}.{}.part", name.to_string_lossy(), std::process::id()));
+    // A name of its own for every call: two threads may save to one path.
+    static CALLS: AtomicU64 = AtomicU64::new(0);
+    let call = CALLS.fetch_add(1, Ordering::Relaxed);
+    let part = path.with_file_name(format!(".{}.{}.{call}.part", name.to_string_lossy(), std::process::id()));
     let write = || {
         let mut out = BufWriter::with_capacity(1 << 20, fs::File::create(&part)?);
         let bytes = file::write(&mut out, model, layers)?;
@@ -135,7 +152,7 @@ impl SavedCache {
     fn layer(&self, layer: usize, pool: &Bound<'_, PyAny>) -> PyResult<LayerCache> {
         let (codec, ..) = self.inner.codec(layer)?;
         let expected = self.inner.pages(layer)?.shape[0];
-        let (data, rows, keep) = pool_memory(&codec, pool)?;
+        let (data, rows, keep) = pool_memory(page_shape(&codec), pool)?;
         if rows != expected {
             return Err(Error::shape("pool", format!("{expected} rows"), format!("{rows} rows")).into());
         }

@@ -72,7 +72,7 @@ def disable(model: Any) -> Any:
     Returns:
         ``model``.
     """
-    state = vars(model)
+    state = getattr(model, "__dict__", {})
     if _MARK in state:
         previous = state.pop(_MARK)[1]
         if previous is None:

@@ -115,7 +115,7 @@ def save(path: str | os.PathLike[str], model: dict[str, Any] | None, layers: lis
             )
     if not any(isinstance(x, _core.LayerCache) for x in saved):
         raise ValueError("save: expected a cache that holds tokens, got an empty one")
-    return _core.save(os.fspath(path), json.dumps(model), saved)
+    return _core.save(os.fsdecode(path), json.dumps(model), saved)
 
 
 def restore(
@@ -137,7 +137,7 @@ def restore(
     Raises:
         ValueError: a file that cannot be read, or a cache of another model.
     """
-    name = os.fspath(path)
+    name = os.fsdecode(path)
     mapped, saved = map_saved(path)
     header = json.loads(saved.header)
     check_model(name, header["model"], config, strict)
