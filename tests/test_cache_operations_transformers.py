@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import threading
 from typing import Any
 
@@ -166,6 +167,20 @@ def test_a_copy_shares_its_pages() -> None:
         assert shared == {p.data_ptr() for p in mine.pool}
     del cache
     assert all(x.isfinite().all() for x in held(other))
+
+
+def test_pickling_names_what_to_use() -> None:
+    with pytest.raises(TypeError, match="save"):
+        pickle.dumps(NqkvCache(tiny.CONFIGS["llama"]()))
+
+
+def test_early_initialization() -> None:
+    model = tiny.model("llama")
+    cache = NqkvCache(model.config, SHORT)
+    cache.early_initialization(2, 2, 16, torch.float64, torch.device("cpu"))
+    assert cache.is_initialized and cache.get_seq_length() == 0
+    fresh = NqkvCache(model.config, SHORT)
+    assert torch.equal(tokens(model, cache, prompt(2, 110)), tokens(model, fresh, prompt(2, 110)))
 
 
 def test_reset_takes_another_batch_and_dtype() -> None:

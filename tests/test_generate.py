@@ -58,7 +58,9 @@ def same_tokens(
     torch.manual_seed(0)
     want = tokens(dense, tiny.twin(model.config, scheme, prefill), inputs, **options)
     assert torch.equal(got, want)
-    assert got.shape[1] == inputs["input_ids"].shape[1] + 40
+    # 5.5 may accept one candidate too many at the end.
+    new = got.shape[1] - inputs["input_ids"].shape[1]
+    assert new == 40 or (new == 41 and "prompt_lookup_num_tokens" in options)
     stats = cache.stats()
     assert stats["dequantized"] == 0
     assert stats["packed_positions"] > 0

@@ -113,6 +113,9 @@ class Shared:
         other.warned, other._counters = self.warned, self.counters()
         return other
 
+    def __reduce__(self) -> Any:
+        raise TypeError("NqkvCache: expected save() and load(), it cannot be pickled")
+
 
 def _starts(mask: torch.Tensor, queries: int, tokens: int, window: int | None) -> list[int] | None:
     if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1] != 1:
