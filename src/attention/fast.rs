@@ -23,6 +23,8 @@ const FEW_COLUMNS: usize = 16;
 const RUN_TILES: [usize; 2] = [16, 4];
 /// Columns of a unit if there are many: what shares one decode of a tile.
 const UNIT_COLUMNS: usize = 256;
+/// Tiles (times four columns) that are read sooner than another thread wakes up.
+const ALONE: usize = 32;
 /// Tasks of a unit.
 const UNIT_TASKS: usize = 8;
 
@@ -113,7 +115,10 @@ pub(super) fn attend(plan: &Plan, simd: Simd, out: &mut [f32], mut lse: Option<&
         let step = kernel.run_tiles * runs.div_ceil(UNIT_TASKS).max(1);
         tasks.extend(tiles.clone().step_by(step).map(|at| Task { unit, tiles: at..tiles.end.min(at + step) }));
     }
-    let mut done: Vec<Partial> = tasks.par_iter().map(|task| ROOM.with_borrow_mut(|room| kernel.task(task, room))).collect();
+    let one = |task: &Task| ROOM.with_borrow_mut(|room| kernel.task(task, room));
+    let work = tasks.iter().map(|t| t.tiles.len()).sum::<usize>() * all.div_ceil(4);
+    let mut done: Vec<Partial> =
+        if work <= ALONE { tasks.iter().map(one).collect() } else { tasks.par_iter().map(one).collect() };
     let stored = codec.value.layout.stored;
     let mut next = 0;
     for (u, unit) in kernel.units.iter().enumerate() {
@@ -216,8 +221,9 @@ impl Kernel<'_> {
             room.begun = Some((self.call, task.unit));
         }
         let mut total: Option<Partial> = None;
-        for run in plan.tiles[unit.b][task.tiles.clone()].chunks(self.run_tiles) {
-            self.run(unit, run, room);
+        for first in task.tiles.clone().step_by(self.run_tiles) {
+            let (run, after) = plan.tiles[unit.b][first..].split_at(self.run_tiles.min(task.tiles.end - first));
+            self.run(unit, run, after, room);
             match &mut total {
                 Some(total) => total.merge(&room.run, codec.value.layout.stored),
                 None => total = Some(std::mem::take(&mut room.run)),
@@ -226,8 +232,8 @@ impl Kernel<'_> {
         total.expect("a task has tiles")
     }
 
-    /// One run, into `room.run`: scores of all its tiles, softmax, values.
-    fn run(&self, unit: &Unit, tiles: &[Tile], room: &mut Room) {
+    /// One run, into `room.run`: scores of all its tiles, softmax, values. What is read `after` is fetched ahead.
+    fn run(&self, unit: &Unit, tiles: &[Tile], after: &[Tile], room: &mut Room) {
         let (plan, simd) = (self.plan, self.simd);
         let codec = plan.cache.codec();
         let (b, h, columns) = (unit.b, unit.h, unit.columns.len());
@@ -292,7 +298,7 @@ impl Kernel<'_> {
                 partial.sum.push(exp_sum(simd, row, top));
             }
         }
-        self.values(unit, tiles, room, width);
+        self.values(unit, tiles, after, room, width);
     }
 
     /// The keys' or values' half of a tile that is a page.
@@ -303,7 +309,7 @@ impl Kernel<'_> {
     }
 
     /// Values of a run, weighted with what stands in `room.scores`, into `room.run.acc`.
-    fn values(&self, unit: &Unit, tiles: &[Tile], room: &mut Room, width: usize) {
+    fn values(&self, unit: &Unit, tiles: &[Tile], after: &[Tile], room: &mut Room, width: usize) {
         let (plan, simd, columns) = (self.plan, self.simd, unit.columns.len());
         let codec = plan.cache.codec();
         let (b, h, stored) = (unit.b, unit.h, codec.value.layout.stored);
@@ -336,7 +342,12 @@ impl Kernel<'_> {
                         else {
                             break;
                         };
-                        let next = tiles.get(i + j + GROUP).and_then(|t| self.half(unit, t, Side::Value)).unwrap_or_default();
+                        // After the last values come the next keys.
+                        let next = match tiles.get(i + j + GROUP) {
+                            Some(later) => self.half(unit, later, Side::Value),
+                            None => after.get(j).and_then(|t| self.half(unit, t, Side::Key)),
+                        };
+                        let next = next.unwrap_or(bytes);
                         (*to, count) = (Half { bytes, count: tile.count, next }, j + 1);
                     }
                     let books = self.books.as_ref().expect("books for codes read in place");

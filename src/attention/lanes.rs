@@ -204,10 +204,12 @@ impl Lanes {
                     let sum = |row: &[f32]| row[first * SLAB_CHANNELS..][..slabs * SLAB_CHANNELS].iter().sum::<f32>();
                     self.q_sums.extend(rows.map(sum));
                 }
+                self.laid.begin(&self.levels, &self.ranges);
                 // SAFETY: codes are read in place only where the features were found.
-                unsafe { self.laid.lay(&self.q, &self.q_steps, &self.levels, &self.ranges, None) };
+                unsafe { self.laid.lay(&self.q, &self.q_steps, None) };
             } else {
                 self.ranges.push((0, key.layout.slabs.len(), 0));
+                self.laid.begin(&self.levels, &self.ranges);
             }
         }
         if in_place.1 {
@@ -253,7 +255,7 @@ impl Lanes {
         let mut most = 1.0;
         let per_token = if let FieldAxis::PerChannel { group } = layout.axis {
             let scales = Some((&self.fields[..], layout.fields, group));
-            self.laid.lay(&self.q, &self.q_steps, &self.levels, &self.ranges, scales);
+            self.laid.lay(&self.q, &self.q_steps, scales);
             false
         } else {
             self.token_fields.iter_mut().for_each(Vec::clear);

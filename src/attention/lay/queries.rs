@@ -36,6 +36,7 @@ unsafe fn word(from: *const f32, scale: __m256, factor: f32) -> __m256i {
 #[derive(Default)]
 pub(in crate::attention) struct Queries {
     stored: usize,
+    limits: Limits,
     /// Token groups that have scales of their own.
     groups: usize,
     /// `[group][stored]`.
@@ -53,7 +54,7 @@ pub(in crate::attention) struct Queries {
 }
 
 /// What integers can hold of some levels.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 struct Limits {
     top: f32,
     rms: f32,
@@ -61,22 +62,9 @@ struct Limits {
 }
 
 impl Queries {
-    /// Lays out all columns for integers. `q` and `steps` (times the levels' steps) are `[column][stored]`; `scales` are the fields
-    /// of a page, how many there are for a channel, and the tokens of a group.
-    #[target_feature(enable = "avx2,fma,f16c")]
-    pub(in crate::attention) fn lay(
-        &mut self,
-        q: &[f32],
-        steps: &[f32],
-        levels: &[Arc<Levels>],
-        ranges: &[(usize, usize, usize)],
-        scales: Option<(&[f32], usize, usize)>,
-    ) {
-        let stored = levels.len() * SLAB_CHANNELS;
-        let columns = q.len() / stored;
-        self.stored = stored;
-        self.groups = scales.map_or(1, |s| PAGE_TOKENS / s.2);
-        self.read_scales(scales);
+    /// Begins a head: `ranges` are first slab, slabs and block of what has common scales.
+    pub(in crate::attention) fn begin(&mut self, levels: &[Arc<Levels>], ranges: &[(usize, usize, usize)]) {
+        self.stored = levels.len() * SLAB_CHANNELS;
         self.chunks.clear();
         self.starts.clear();
         for &(first, slabs, _) in ranges {
@@ -84,7 +72,17 @@ impl Queries {
             self.chunks.extend((0..slabs).step_by(FLUSH).map(|s| (first + s, FLUSH.min(slabs - s))));
         }
         let most = |f: fn(&Levels) -> f32| levels.iter().map(|l| f(l)).fold(0.0, f32::max);
-        let limits = Limits { top: most(|l| l.top), rms: most(|l| l.rms), error: most(|l| l.error) };
+        self.limits = Limits { top: most(|l| l.top), rms: most(|l| l.rms), error: most(|l| l.error) };
+    }
+
+    /// Lays out all columns for integers. `q` and `steps` (times the levels' steps) are `[column][stored]`; `scales` are the fields
+    /// of a page, how many there are for a channel, and the tokens of a group.
+    #[target_feature(enable = "avx2,fma,f16c")]
+    pub(in crate::attention) fn lay(&mut self, q: &[f32], steps: &[f32], scales: Option<(&[f32], usize, usize)>) {
+        let (stored, limits) = (self.stored, self.limits);
+        let columns = q.len() / stored;
+        self.groups = scales.map_or(1, |s| PAGE_TOKENS / s.2);
+        self.read_scales(scales);
         self.words.resize(columns * stored / 4 * self.wide(), Words::default());
         self.factors.resize(columns * self.chunks.len(), 0.0);
         self.errors.resize(columns, 0.0);
