@@ -30,8 +30,9 @@ DEVICE uint32_t e4m3_from_float(float x) {
   if (isnan(a)) return sign | 0x7f;
   if (a >= 448.f) return sign | 0x7e;
   int exponent = max(int(__float_as_uint(a) >> 23) - 127, -6);
-  float quantum = __uint_as_float(uint32_t(exponent - 3 + 127) << 23);
-  uint32_t steps = uint32_t(rintf(__fdiv_rn(a, quantum)));
+  // A power of two: as exact as the division in src/codec.rs.
+  float per_quantum = __uint_as_float(uint32_t(3 - exponent + 127) << 23);
+  uint32_t steps = uint32_t(rintf(a * per_quantum));
   uint32_t magnitude = exponent == -6 && steps < 8 ? steps : uint32_t(exponent + 7) * 8 + steps - 8;
   return sign | min(magnitude, 0x7eu);
 }
@@ -79,7 +80,7 @@ struct Fields {
 // The reciprocal that codes are chosen by: 0 for scale 0.
 DEVICE float inverse(float scale) {
   if (scale == 0.f) return 0.f;
-  return __fdiv_rn(1.f, copysignf(fmaxf(fabsf(scale), 1e-38f), scale));
+  return __frcp_rn(copysignf(fmaxf(fabsf(scale), 1e-38f), scale));
 }
 
 // Thresholds below v: the code. A NaN counts as 0.
@@ -140,7 +141,7 @@ template <class F> DEVICE Fields fields_by_warp(float* v, float* w, int n, int k
   }
   if (kind == RMS) {
     if (top == 0.f) return {0.f, 0.f};
-    const float t = fmaxf(top, 1e-38f), r = __fdiv_rn(1.f, t);
+    const float t = fmaxf(top, 1e-38f), r = __frcp_rn(t);
     return {round_field(t * __fsqrt_rn(__fdiv_rn(folded([&](float x) { return (x * r) * (x * r); }, 0.f, sum), float(n))), dtype), 0.f};
   }
   return {round_field(top, dtype), zero};

@@ -12,7 +12,7 @@ struct FlatArguments {
   void* out;
   uint8_t* codes;
   uint8_t* fields;
-  unsigned long long* bad;  // smallest index of a number that is not finite, or null
+  unsigned long long* bad;  // at most the first index of a number that is not finite, within its block; or null
   long long n, row;         // elements, and those of a row
   long long first;          // where `any` begins: what stands before is done
   int blocks_per_row, block, bits, kind, scale_dtype, levels, high_first, divide;
@@ -25,20 +25,29 @@ namespace {
 
 constexpr int CELLS = 64;
 
+// Eight elements as they lie in memory, and as numbers.
 template <class T> struct Eight {
-  T x[8];
-};
+  uint4 w[sizeof(T) / 2];
 
-template <class T> DEVICE Eight<T> load_eight(const T* from) {
-  Eight<T> v;
-  if constexpr (sizeof(T) == 2) {
-    *(uint4*)v.x = __ldcs((const uint4*)from);
-  } else {
-    ((uint4*)v.x)[0] = __ldcs((const uint4*)from);
-    ((uint4*)v.x)[1] = __ldcs((const uint4*)from + 1);
+  DEVICE void load(const T* from) {
+#pragma unroll
+    for (int i = 0; i < int(sizeof(T) / 2); i++) w[i] = __ldcs((const uint4*)from + i);
   }
-  return v;
-}
+  DEVICE void numbers(float (&v)[8]) const {
+    const uint32_t words[8] = {w[0].x, w[0].y, w[0].z, w[0].w, w[sizeof(T) / 4].x, w[sizeof(T) / 4].y, w[sizeof(T) / 4].z, w[sizeof(T) / 4].w};
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      v[j] = number(words[sizeof(T) == 4 ? j : j / 2], j % 2, T());
+    }
+  }
+  static DEVICE float number(uint32_t word, int high, __nv_bfloat16) {
+    return __uint_as_float(high ? word & 0xffff0000 : word << 16);
+  }
+  static DEVICE float number(uint32_t word, int high, __half) {
+    return __half2float(__ushort_as_half(uint16_t(high ? word >> 16 : word)));
+  }
+  static DEVICE float number(uint32_t word, int, float) { return __uint_as_float(word); }
+};
 
 DEVICE void report(unsigned long long* bad, unsigned long long index) {
   if (bad) atomicMin(bad, index);
@@ -110,7 +119,7 @@ DEVICE Fields block_fields(const float (&v)[8], int lanes, int kind, int dtype) 
   float top = over(largest(v, 0.f), larger);
   if (kind == RMS && top != 0.f) {
     top = fmaxf(top, 1e-38f);
-    const float r = __fdiv_rn(1.f, top);
+    const float r = __frcp_rn(top);
     top = top * __fsqrt_rn(__fdiv_rn(tree([&](float x) { return (x * r) * (x * r); }), n));
   }
   return {round_field(top, dtype), 0.f};
@@ -120,8 +129,8 @@ DEVICE Fields block_fields(const float (&v)[8], int lanes, int kind, int dtype) 
 DEVICE void fill_cells(float2* table, const FlatArguments& a) {
   for (int e = threadIdx.x; e < CELLS * 32; e += blockDim.x) {
     const int cell = e / 32;
-    // Cell c holds v with c <= ends clamp(v * scale + offset) < c + 1; a hair more, since that is rounded.
-    const float low = (float(cell) / (16383.f / 256) - 1e-4f - a.cell_offset) / a.cell_scale;
+    // Cell c holds v whose clamp(v * scale + offset) is nearest to c of 63; a hair more, since that is rounded.
+    const float low = ((float(cell) - 0.5f) / (CELLS - 1) - 1e-4f - a.cell_offset) / a.cell_scale;
     uint32_t below = 0;
     for (int i = 0; i < a.levels - 1; i++) below += cell > 0 && a.threshold[i] < low;
     const float t = below < uint32_t(a.levels - 1) ? a.threshold[below] : INFINITY;
@@ -129,67 +138,84 @@ DEVICE void fill_cells(float2* table, const FlatArguments& a) {
   }
 }
 
-// PLAIN: absmax in blocks of 64, what most tensors are quantized with; otherwise any kind and block.
+// The larger magnitude; a NaN stays one.
+DEVICE float larger_or_nan(float x, float y) {
+  float z;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(fabsf(y)));
+  return z;
+}
+
+// Codes of eight numbers, and their block's fields.
+template <bool PLAIN>
+DEVICE void quantize_eight(const FlatArguments& a, uint32_t cells, const float (&v)[8], int lane, int lanes, long long i, bool write) {
+  Fields f;
+  float top = 0.f;  // not finite if a number of the block is not
+#pragma unroll
+  for (int j = 0; j < 8; j++) top = larger_or_nan(top, v[j]);
+  if constexpr (PLAIN) {
+    top = over_lanes<8>(top, 8, [](float x, float y) { return larger_or_nan(x, y); });
+    f = {top, 0.f};
+  } else {
+    f = block_fields(v, lanes, a.kind, a.scale_dtype);
+  }
+  const float r = inverse(f.scale), cell_scale = r * a.cell_scale;
+  uint32_t word = 0;
+#pragma unroll
+  for (int j = 7; j >= 0; j--) {
+    const float x = PLAIN ? v[j] : v[j] - f.zero, u = x * r;
+    // 2^23 is the magic number: the low bits of the sum are the cell, rounded. One multiplication makes them an address.
+    const float y = __saturatef(__fmaf_rn(x, cell_scale, a.cell_offset));
+    const uint32_t cell = __float_as_uint(__fmaf_rn(y, float(CELLS - 1), 8388608.f)) * 256 + cells;
+    float threshold;
+    uint32_t below;
+    asm("ld.shared.v2.b32 {%0, %1}, [%2];" : "=f"(threshold), "=r"(below) : "r"(cell));
+    word = word * 16 + below;
+    asm("{.reg .pred p; setp.gt.f32 p, %1, %2; @p add.u32 %0, %0, 1;}" : "+r"(word) : "f"(u), "f"(threshold));
+  }
+  if (a.high_first) word = (word & 0x0f0f0f0f) << 4 | (word >> 4 & 0x0f0f0f0f);
+  if (!write) return;
+  ((uint32_t*)a.codes)[i] = word;
+  if (PLAIN) {
+    if ((lane & 7) == 0) ((float*)a.fields)[i / 8] = top;
+  } else if ((lane & (lanes - 1)) == 0) {
+    const int bytes = bytes_of(a.scale_dtype), kinds = fields_of(a.kind);
+    uint8_t* to = a.fields + i / lanes * (kinds * bytes);
+    write_field(to, f.scale, a.scale_dtype);
+    if (kinds == 2) write_field(to + bytes, f.zero, a.scale_dtype);
+  }
+  if (!(top <= 3.402823466e38f)) report(a.bad, 8 * i);
+}
+
+// PLAIN: absmax in fp32 over blocks of 64, what most tensors are quantized with; otherwise any kind, dtype and block.
 template <class T, bool PLAIN> DEVICE void quantize_fast(const FlatArguments& a) {
   __shared__ float2 table[CELLS * 32];
   fill_cells(table, a);
   __syncthreads();
-  const int lane = threadIdx.x & 31, bytes = bytes_of(a.scale_dtype), kinds = PLAIN ? 1 : fields_of(a.kind);
-  const int lanes = PLAIN ? 8 : a.block / 8;
-  const char* mine = (const char*)(table + lane);
+  const int lane = threadIdx.x & 31, lanes = PLAIN ? 8 : a.block / 8;
+  // Address of cell 0, less what the magic number adds.
+  const uint32_t cells = uint32_t(__cvta_generic_to_shared(table + lane)) - 0x4b000000u * 256;
   const T* x = (const T*)a.x;
-  // Whole warps: `first` is a multiple of what a warp holds, or the warp's upper lanes idle.
   const long long eights = a.first / 8, stride = (long long)gridDim.x * blockDim.x;
   constexpr int AHEAD = !PLAIN ? 1 : sizeof(T) == 2 ? 4 : 2;
-  for (long long base = (long long)blockIdx.x * blockDim.x + threadIdx.x; base - lane < eights; base += stride * AHEAD) {
+  long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+  float v[8];
+  for (; i - lane + (AHEAD - 1) * stride + 32 <= eights; i += AHEAD * stride) {
     Eight<T> held[AHEAD];
 #pragma unroll
-    for (int k = 0; k < AHEAD; k++) {
-      const long long i = base + k * stride;
-      if (i < eights) held[k] = load_eight(x + 8 * i);
-      else held[k] = Eight<T>{};
-    }
+    for (int k = 0; k < AHEAD; k++) held[k].load(x + 8 * (i + k * stride));
 #pragma unroll
     for (int k = 0; k < AHEAD; k++) {
-      const long long i = base + k * stride;
-      if (i - lane >= eights) break;
-      float v[8];
-#pragma unroll
-      for (int j = 0; j < 8; j++) v[j] = to_float(held[k].x[j]);
-      Fields f;
-      if constexpr (PLAIN) {
-        const float m = over_lanes<8>(largest(v, 0.f), 8, [](float x, float y) { return fmaxf(x, y); });
-        f = {round_field(m, a.scale_dtype), 0.f};
-      } else {
-        f = block_fields(v, lanes, a.kind, a.scale_dtype);
-      }
-      const float r = inverse(f.scale);
-      float worst = 0.f;
-      uint32_t word = 0;
-#pragma unroll
-      for (int j = 7; j >= 0; j--) {
-        const float u = (v[j] - f.zero) * r;
-        worst = v[j] * 0.f + worst;
-        // 2^23 is the magic number: the low bits of the sum are the cell and its fraction.
-        const float y = __saturatef(__fmaf_rn(u, a.cell_scale, a.cell_offset));
-        const uint32_t cell = __float_as_uint(__fmaf_rn(y, 16383.f, 8388608.f)) & 0x3f00;
-        const float2 entry = *(const float2*)(mine + cell);
-        word = word * 16 + __float_as_uint(entry.y) + (u > entry.x);
-      }
-      if (a.high_first) word = (word & 0x0f0f0f0f) << 4 | (word >> 4 & 0x0f0f0f0f);
-      if (i < eights) {
-        if (worst != 0.f) {
-          for (int j = 7; j >= 0; j--)
-            if (!(fabsf(v[j]) <= 3.402823466e38f)) report(a.bad, 8 * i + j);
-        }
-        ((uint32_t*)a.codes)[i] = word;
-        if ((lane & (lanes - 1)) == 0) {
-          uint8_t* to = a.fields + i / lanes * (kinds * bytes);
-          write_field(to, f.scale, a.scale_dtype);
-          if (kinds == 2) write_field(to + bytes, f.zero, a.scale_dtype);
-        }
-      }
+      held[k].numbers(v);
+      quantize_eight<PLAIN>(a, cells, v, lane, lanes, i + k * stride, true);
     }
+  }
+  // The end, and warps whose upper lanes have nothing left.
+#pragma unroll 1
+  for (; i - lane < eights; i += stride) {
+    Eight<T> held = {};
+    if (i < eights) held.load(x + 8 * i);
+    held.numbers(v);
+    quantize_eight<PLAIN>(a, cells, v, lane, lanes, i, i < eights);
   }
 }
 

@@ -6,8 +6,8 @@
 //! the cache as it was.
 
 mod append;
-mod parts;
-mod pool;
+pub(crate) mod parts;
+pub(crate) mod pool;
 mod read;
 mod restore;
 

@@ -4,11 +4,13 @@
 //! owned streams, no owned memory, nothing that is dropped at exit. `kernels` is the table of entry points. The other modules
 //! check arguments and launch. A launch neither allocates nor synchronises, and can be captured in a CUDA graph.
 
+mod cache;
 mod codec;
 mod driver;
 pub mod flat;
 mod kernels;
 
+pub use self::cache::{DeviceCache, DeviceView, Room, Sizes};
 pub use self::codec::codec_bytes;
 pub use self::driver::{Device, Stream, device, status};
 pub use self::kernels::Kernel;

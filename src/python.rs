@@ -5,6 +5,8 @@ mod cache;
 #[cfg(feature = "cuda")]
 mod cuda;
 #[cfg(feature = "cuda")]
+mod cuda_cache;
+#[cfg(feature = "cuda")]
 mod device;
 mod file;
 mod flat;
@@ -82,6 +84,9 @@ mod _core {
     #[cfg(feature = "cuda")]
     #[pymodule_export]
     use super::cuda::{cuda_dequantize, cuda_device, cuda_quantize, cuda_status, cuda_warm_up};
+    #[cfg(feature = "cuda")]
+    #[pymodule_export]
+    use super::cuda_cache::CudaLayerCache;
     #[pymodule_export]
     use super::file::{SavedCache, save};
     #[pymodule_export]

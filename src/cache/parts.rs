@@ -17,9 +17,9 @@ pub struct PageEntry {
 
 /// One entry of a page table: a share in a row.
 #[derive(Debug, Clone)]
-pub(super) struct Page {
-    pub(super) row: Arc<Row>,
-    pub(super) count: u32,
+pub(crate) struct Page {
+    pub(crate) row: Arc<Row>,
+    pub(crate) count: u32,
 }
 
 /// Tokens kept as they came: `[token][heads][dim]`, token-major, in the exact dtype.
@@ -58,12 +58,12 @@ impl SequenceView<'_> {
 
 impl Exact {
     /// No tokens, and no memory before the first one.
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { k: Vec::new(), v: Vec::new(), tokens: 0 }
     }
 
     /// Makes room for `slots` tokens, unless it is there.
-    pub(super) fn open(&mut self, slots: usize, k_bytes: usize, v_bytes: usize) -> Result<()> {
+    pub(crate) fn open(&mut self, slots: usize, k_bytes: usize, v_bytes: usize) -> Result<()> {
         for (part, bytes) in [(&mut self.k, slots * k_bytes), (&mut self.v, slots * v_bytes)] {
             if part.len() < bytes {
                 *part = zeroed(bytes)?;
@@ -72,12 +72,12 @@ impl Exact {
         Ok(())
     }
 
-    pub(super) fn bytes(&self) -> usize {
+    pub(crate) fn bytes(&self) -> usize {
         self.k.capacity() + self.v.capacity()
     }
 
     /// Drops the oldest `n` tokens.
-    pub(super) fn shift(&mut self, n: usize, k_bytes: usize, v_bytes: usize) {
+    pub(crate) fn shift(&mut self, n: usize, k_bytes: usize, v_bytes: usize) {
         self.k.copy_within(n * k_bytes..self.tokens * k_bytes, 0);
         self.v.copy_within(n * v_bytes..self.tokens * v_bytes, 0);
         self.tokens -= n;
@@ -100,27 +100,27 @@ fn zeroed(bytes: usize) -> Result<Vec<u8>> {
 
 /// One sequence: `sinks | pages | tail`, oldest first.
 #[derive(Debug, Clone)]
-pub(super) struct Sequence {
-    pub(super) sinks: Exact,
-    pub(super) pages: Vec<Page>,
-    pub(super) tail: Exact,
+pub(crate) struct Sequence {
+    pub(crate) sinks: Exact,
+    pub(crate) pages: Vec<Page>,
+    pub(crate) tail: Exact,
 }
 
 impl Sequence {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { sinks: Exact::new(), pages: Vec::new(), tail: Exact::new() }
     }
 
-    pub(super) fn packed(&self) -> usize {
+    pub(crate) fn packed(&self) -> usize {
         self.pages.iter().map(|p| p.count as usize).sum()
     }
 
-    pub(super) fn tokens(&self) -> usize {
+    pub(crate) fn tokens(&self) -> usize {
         self.sinks.tokens + self.packed() + self.tail.tokens
     }
 
     /// Removes the newest `n` tokens, of at least as many. Valid counts go down; nothing is re-encoded.
-    pub(super) fn remove_newest(&mut self, n: usize) {
+    pub(crate) fn remove_newest(&mut self, n: usize) {
         let mut left = n;
         let mut cut = |held: usize| {
             let cut = left.min(held);

@@ -12,12 +12,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 pub type Keep = Box<dyn Any + Send + Sync>;
 
 /// Rows of one piece of memory, and which of them are free.
-pub(super) struct Extent {
+pub(crate) struct Extent {
     data: *mut u8,
     row_bytes: usize,
-    pub(super) rows: usize,
+    pub(crate) rows: usize,
     free: Mutex<Vec<u32>>,
-    pub(super) keep: Keep,
+    pub(crate) keep: Keep,
 }
 
 // SAFETY: the memory is plain bytes that live as long as the extent (the contract of `LayerCache::add_rows`); a row is
@@ -35,7 +35,7 @@ impl fmt::Debug for Extent {
 impl Extent {
     /// # Safety
     /// `data` points to `rows * row_bytes` bytes that live, and that nobody else touches, until `keep` is dropped.
-    pub(super) unsafe fn new(data: *mut u8, row_bytes: usize, rows: usize, keep: Keep) -> Self {
+    pub(crate) unsafe fn new(data: *mut u8, row_bytes: usize, rows: usize, keep: Keep) -> Self {
         Self { data, row_bytes, rows, free: Mutex::new((0..rows as u32).rev().collect()), keep }
     }
 
@@ -43,12 +43,12 @@ impl Extent {
         self.free.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn free_rows(&self) -> usize {
+    pub(crate) fn free_rows(&self) -> usize {
         self.free().len()
     }
 
     /// A free row, the lowest first as long as none was returned.
-    pub(super) fn take(self: &Arc<Self>) -> Option<Arc<Row>> {
+    pub(crate) fn take(self: &Arc<Self>) -> Option<Arc<Row>> {
         let index = self.free().pop()?;
         Some(Arc::new(Row { extent: Arc::clone(self), index }))
     }
@@ -56,20 +56,20 @@ impl Extent {
 
 /// One row in use.
 #[derive(Debug)]
-pub(super) struct Row {
-    pub(super) extent: Arc<Extent>,
-    pub(super) index: u32,
+pub(crate) struct Row {
+    pub(crate) extent: Arc<Extent>,
+    pub(crate) index: u32,
 }
 
 impl Row {
     /// Its first byte.
-    pub(super) fn data(&self) -> *mut u8 {
+    pub(crate) fn data(&self) -> *mut u8 {
         // SAFETY: index < rows, all inside the memory of the extent.
         unsafe { self.extent.data.add(self.index as usize * self.extent.row_bytes) }
     }
 
     /// Its bytes. Nobody writes a row that has more than one holder, nor one whose holder is borrowed.
-    pub(super) fn bytes(&self) -> &[u8] {
+    pub(crate) fn bytes(&self) -> &[u8] {
         // SAFETY: inside the extent's memory, alive while `self` holds the extent.
         unsafe { std::slice::from_raw_parts(self.data(), self.extent.row_bytes) }
     }

@@ -55,7 +55,7 @@ fn words(e: DriverError) -> String {
     format!("{name} ({}){advice}", e.0 as u32)
 }
 
-fn error(what: &str) -> impl Fn(DriverError) -> Error + '_ {
+pub(super) fn error(what: &str) -> impl Fn(DriverError) -> Error + '_ {
     move |e| Error::cuda(what, words(e))
 }
 

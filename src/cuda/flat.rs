@@ -5,7 +5,7 @@ use std::ffi::c_void;
 use super::codec::{kind_number, scale_dtype_number};
 use super::{Device, Kernel, Stream};
 use crate::codebook::Codebook;
-use crate::codec::ScaleKind;
+use crate::codec::{ScaleDtype, ScaleKind};
 use crate::error::{Error, Result};
 use crate::flat::{FlatSpec, NibbleOrder};
 use crate::tensor::Dtype;
@@ -37,9 +37,8 @@ struct Arguments {
 }
 const _: () = assert!(size_of::<Arguments>() == 104 + 2048);
 
-/// Cells of the table in `cuda/flat.cu`; the last one ends a hair before 64.
+/// Cells of the table in `cuda/flat.cu`: cell `c` is what lies nearest to `c` of 63.
 const CELLS: usize = 64;
-const CELL_ENDS: f32 = 16383.0 / 256.0;
 /// How far rounding can carry a number over the border of a cell, in table units.
 const HAIR: f32 = 1e-4;
 const THREADS: usize = 256;
@@ -66,29 +65,31 @@ pub struct Packed {
     pub fields: u64,
 }
 
-impl Arguments {
-    fn new(spec: &FlatSpec, x: &Flat, packed: Packed) -> Result<Self> {
-        spec.check(x.len, x.row)?;
-        if x.dtype == Dtype::F64 {
-            return Err(Error::dtype("x", "float32, float16 or bfloat16 on a CUDA device", "float64"));
-        }
-        let field = spec.scale_dtype.bytes() as u64;
-        if !packed.fields.is_multiple_of(field) || !x.address.is_multiple_of(x.dtype.bytes() as u64) {
-            return Err(Error::memory("x and fields", "memory aligned to its elements", "another address"));
-        }
+/// A spec made ready for a device: its levels, thresholds and cells as kernels take them.
+#[derive(Clone)]
+pub struct FlatCodec {
+    spec: FlatSpec,
+    arguments: Arguments,
+    /// Codes can be chosen by cells.
+    cells: bool,
+}
+
+impl FlatCodec {
+    /// Prepares a spec.
+    pub fn new(spec: FlatSpec) -> Self {
         let theirs = Codebook::nf4_bitsandbytes();
         let divide = spec.follows_bitsandbytes();
         let book = if divide { &theirs } else { &spec.book };
-        let mut a = Self {
-            x: x.address,
-            out: x.address,
-            codes: packed.codes,
-            fields: packed.fields,
+        let mut a = Arguments {
+            x: 0,
+            out: 0,
+            codes: 0,
+            fields: 0,
             bad: 0,
-            n: x.len as i64,
-            row: x.row.max(1) as i64,
+            n: 0,
+            row: 0,
             first: 0,
-            blocks_per_row: x.row.div_ceil(spec.block) as i32,
+            blocks_per_row: 0,
             block: spec.block as i32,
             bits: i32::from(book.bits()),
             kind: kind_number(spec.kind) as i32,
@@ -103,9 +104,38 @@ impl Arguments {
         };
         a.level[..book.levels().len()].copy_from_slice(book.levels());
         a.threshold[..book.thresholds().len()].copy_from_slice(book.thresholds());
-        Ok(a)
+        let cells = a.bits == 4 && a.lay_cells();
+        Self { spec, arguments: a, cells }
     }
 
+    /// The spec.
+    pub fn spec(&self) -> &FlatSpec {
+        &self.spec
+    }
+
+    fn arguments(&self, x: &Flat, packed: Packed) -> Result<Arguments> {
+        self.spec.check(x.len, x.row)?;
+        if x.dtype == Dtype::F64 {
+            return Err(Error::dtype("x", "float32, float16 or bfloat16 on a CUDA device", "float64"));
+        }
+        let field = self.spec.scale_dtype.bytes() as u64;
+        if !packed.fields.is_multiple_of(field) || !x.address.is_multiple_of(x.dtype.bytes() as u64) {
+            return Err(Error::memory("x and fields", "memory aligned to its elements", "another address"));
+        }
+        Ok(Arguments {
+            x: x.address,
+            out: x.address,
+            codes: packed.codes,
+            fields: packed.fields,
+            n: x.len as i64,
+            row: x.row.max(1) as i64,
+            blocks_per_row: x.row.div_ceil(self.spec.block) as i32,
+            ..self.arguments.clone()
+        })
+    }
+}
+
+impl Arguments {
     /// Lays the table of cells; false if a cell would hold two thresholds.
     fn lay_cells(&mut self) -> bool {
         let thresholds = &self.threshold[..self.levels as usize - 1];
@@ -115,7 +145,8 @@ impl Arguments {
         self.cell_offset = (margin - low) * self.cell_scale;
         let at = |t: f32| t * self.cell_scale + self.cell_offset;
         (0..CELLS).all(|cell| {
-            let (from, to) = (cell as f32 / CELL_ENDS - HAIR, (cell + 1) as f32 / CELL_ENDS + HAIR);
+            let ends = [cell as f32 - 0.5, cell as f32 + 0.5].map(|e| e / (CELLS - 1) as f32);
+            let (from, to) = (ends[0] - HAIR, ends[1] + HAIR);
             thresholds.iter().filter(|&&t| from <= at(t) && at(t) <= to).count() <= 1
         }) && self.cell_scale.is_finite()
     }
@@ -155,67 +186,69 @@ fn by_dtype(dtype: Dtype, [f32, f16, bf16]: [Kernel; 3]) -> Kernel {
     }
 }
 
-/// Quantizes `x`. `bad`, if not 0, is the address of a u64 that becomes the smaller of itself and the index of the first
-/// number that is not finite: nothing waits for the device, so whoever wants to know reads it later.
-///
-/// # Safety
-/// Addresses are of memory of `device`, as large as their types say, alive and unused by others until `stream` is past this.
-pub unsafe fn quantize(device: &Device, stream: Stream, spec: &FlatSpec, x: &Flat, to: Packed, bad: u64) -> Result<()> {
-    let mut a = Arguments::new(spec, x, to)?;
-    a.bad = bad;
-    let lanes = spec.block.is_power_of_two() && spec.block <= 256;
-    let aligned = x.address.is_multiple_of(16) && to.codes.is_multiple_of(4);
-    use Kernel as K;
-    if lanes && aligned && spec.book.bits() == 4 && a.lay_cells() {
-        a.first = a.whole_blocks();
-        let plain = spec.block == 64 && spec.kind == ScaleKind::Absmax;
-        let kernels = if plain {
-            [K::FlatQuantizeF32, K::FlatQuantizeF16, K::FlatQuantizeBf16]
-        } else {
-            [K::FlatQuantizeFieldsF32, K::FlatQuantizeFieldsF16, K::FlatQuantizeFieldsBf16]
-        };
-        // SAFETY: the caller's promise.
-        unsafe { a.launch(device, stream, by_dtype(x.dtype, kernels), THREADS, a.first, 8 * THREADS)? };
-    }
-    if a.first < a.n {
-        let fields = by_dtype(x.dtype, [K::FlatFieldsAnyF32, K::FlatFieldsAnyF16, K::FlatFieldsAnyBf16]);
-        let codes = by_dtype(x.dtype, [K::FlatCodesAnyF32, K::FlatCodesAnyF16, K::FlatCodesAnyBf16]);
-        // SAFETY: the caller's promise.
-        unsafe {
-            a.launch(device, stream, fields, 128, a.n - a.first, 4 * spec.block)?;
-            a.launch(device, stream, codes, THREADS, a.n - a.first, 8 * THREADS)?;
+impl FlatCodec {
+    /// Quantizes `x`. `bad`, if not 0, is the address of a u64 that is lowered to where the first number that is not finite
+    /// is, to the block: nothing waits for the device, so whoever wants to know reads it later.
+    ///
+    /// # Safety
+    /// Addresses are of memory of `device`, as large as their types say, alive and unused by others until `stream` is past
+    /// this.
+    pub unsafe fn quantize(&self, device: &Device, stream: Stream, x: &Flat, to: Packed, bad: u64) -> Result<()> {
+        let (spec, mut a) = (&self.spec, self.arguments(x, to)?);
+        a.bad = bad;
+        let lanes = spec.block.is_power_of_two() && spec.block <= 256;
+        let aligned = x.address.is_multiple_of(16) && to.codes.is_multiple_of(4);
+        use Kernel as K;
+        if lanes && aligned && self.cells {
+            a.first = a.whole_blocks();
+            let plain = (spec.block, spec.kind, spec.scale_dtype) == (64, ScaleKind::Absmax, ScaleDtype::Fp32);
+            let kernels = if plain {
+                [K::FlatQuantizeF32, K::FlatQuantizeF16, K::FlatQuantizeBf16]
+            } else {
+                [K::FlatQuantizeFieldsF32, K::FlatQuantizeFieldsF16, K::FlatQuantizeFieldsBf16]
+            };
+            // SAFETY: the caller's promise.
+            unsafe { a.launch(device, stream, by_dtype(x.dtype, kernels), THREADS, a.first, 8 * THREADS)? };
         }
+        if a.first < a.n {
+            let fields = by_dtype(x.dtype, [K::FlatFieldsAnyF32, K::FlatFieldsAnyF16, K::FlatFieldsAnyBf16]);
+            let codes = by_dtype(x.dtype, [K::FlatCodesAnyF32, K::FlatCodesAnyF16, K::FlatCodesAnyBf16]);
+            // SAFETY: the caller's promise.
+            unsafe {
+                a.launch(device, stream, fields, 128, a.n - a.first, 4 * spec.block)?;
+                a.launch(device, stream, codes, THREADS, a.n - a.first, 8 * THREADS)?;
+            }
+        }
+        Ok(())
     }
-    Ok(())
-}
 
-/// The numbers that codes stand for, into `out`.
-///
-/// # Safety
-/// As for [`quantize`].
-pub unsafe fn dequantize(device: &Device, stream: Stream, spec: &FlatSpec, from: Packed, out: &Flat) -> Result<()> {
-    let mut a = Arguments::new(spec, out, from)?;
-    let aligned = out.address.is_multiple_of(16) && from.codes.is_multiple_of(4);
-    let gapless = out.row == out.len || out.row.is_multiple_of(spec.block);
-    use Kernel as K;
-    if aligned && gapless && a.bits == 4 {
-        a.first = a.n / 8 * 8;
-        let kernel = by_dtype(out.dtype, [K::FlatDequantizeF32, K::FlatDequantizeF16, K::FlatDequantizeBf16]);
-        // SAFETY: the caller's promise.
-        unsafe { a.launch(device, stream, kernel, THREADS, a.first, 8 * THREADS)? };
+    /// The numbers that codes stand for, into `out`.
+    ///
+    /// # Safety
+    /// As for [`FlatCodec::quantize`].
+    pub unsafe fn dequantize(&self, device: &Device, stream: Stream, from: Packed, out: &Flat) -> Result<()> {
+        let mut a = self.arguments(out, from)?;
+        let aligned = out.address.is_multiple_of(16) && from.codes.is_multiple_of(4);
+        let gapless = out.row == out.len || out.row.is_multiple_of(self.spec.block);
+        use Kernel as K;
+        if aligned && gapless && a.bits == 4 {
+            a.first = a.n / 8 * 8;
+            let kernel = by_dtype(out.dtype, [K::FlatDequantizeF32, K::FlatDequantizeF16, K::FlatDequantizeBf16]);
+            // SAFETY: the caller's promise.
+            unsafe { a.launch(device, stream, kernel, THREADS, a.first, 8 * THREADS)? };
+        }
+        if a.first < a.n {
+            let kernel = by_dtype(out.dtype, [K::FlatValuesAnyF32, K::FlatValuesAnyF16, K::FlatValuesAnyBf16]);
+            // SAFETY: the caller's promise.
+            unsafe { a.launch(device, stream, kernel, THREADS, a.n - a.first, THREADS)? };
+        }
+        Ok(())
     }
-    if a.first < a.n {
-        let kernel = by_dtype(out.dtype, [K::FlatValuesAnyF32, K::FlatValuesAnyF16, K::FlatValuesAnyBf16]);
-        // SAFETY: the caller's promise.
-        unsafe { a.launch(device, stream, kernel, THREADS, a.n - a.first, THREADS)? };
-    }
-    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::codec::ScaleDtype;
 
     #[test]
     fn cells_hold_one_threshold_in_every_named_codebook_of_four_bits() {
@@ -227,9 +260,7 @@ mod tests {
                 scale_dtype: ScaleDtype::Fp32,
                 order: NibbleOrder::LowFirst,
             };
-            let x = Flat { address: 0, dtype: Dtype::F32, len: 64, row: 64 };
-            let mut a = Arguments::new(&spec, &x, Packed { codes: 0, fields: 0 }).unwrap();
-            assert!(a.lay_cells(), "{name}");
+            assert!(FlatCodec::new(spec).cells, "{name}");
         }
     }
 }

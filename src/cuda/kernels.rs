@@ -61,6 +61,12 @@ kernels! {
         FlatValuesAnyF16 = "flat_values_any_f16",
         FlatValuesAnyBf16 = "flat_values_any_bf16",
     ],
+    "pages": [
+        PagesSeal = "pages_seal",
+        PagesSettle = "pages_settle",
+        PagesRead = "pages_read",
+        PagesSet = "pages_set",
+    ],
 }
 
 impl Kernel {

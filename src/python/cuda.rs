@@ -1,9 +1,12 @@
 //! `_core.cuda_*`: what runs on devices, on the caller's stream.
 
+use std::sync::{Arc, Mutex};
+
 use pyo3::prelude::*;
 
 use super::device::OnDevice;
 use super::flat::{row, spec};
+use crate::cuda::flat::FlatCodec;
 use crate::cuda::{self, flat};
 use crate::dlpack::Element;
 use crate::error::Error;
@@ -31,11 +34,32 @@ pub(super) fn cuda_warm_up(py: Python<'_>, ordinal: usize) -> PyResult<()> {
     Ok(())
 }
 
+/// Codecs by their words: preparing one takes longer than a launch.
+type Known = Vec<((String, usize, String, String, String), Arc<FlatCodec>)>;
+static CODECS: Mutex<Known> = Mutex::new(Vec::new());
+
+fn codec(codebook: &str, block: usize, scale: &str, scale_dtype: &str, order: &str) -> PyResult<Arc<FlatCodec>> {
+    const MOST: usize = 64;
+    let mut known = CODECS.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let found = known.iter().find(|(k, _)| {
+        (k.0.as_str(), k.1, k.2.as_str(), k.3.as_str(), k.4.as_str()) == (codebook, block, scale, scale_dtype, order)
+    });
+    if let Some((_, codec)) = found {
+        return Ok(Arc::clone(codec));
+    }
+    let codec = Arc::new(FlatCodec::new(spec(codebook, block, scale, scale_dtype, order)?));
+    if known.len() == MOST {
+        known.remove(0);
+    }
+    known.push(((codebook.into(), block, scale.into(), scale_dtype.into(), order.into()), Arc::clone(&codec)));
+    Ok(codec)
+}
+
 fn device_of(tensor: &OnDevice<'_>) -> Result<&'static cuda::Device, Error> {
     cuda::device(usize::try_from(tensor.tensor.device).unwrap_or(usize::MAX))
 }
 
-fn bytes(what: &str, x: &OnDevice<'_>, len: usize, device: i32) -> PyResult<u64> {
+pub(super) fn bytes(what: &str, x: &OnDevice<'_>, len: usize, device: i32) -> PyResult<u64> {
     x.check_device(what, device)?;
     if x.tensor.element != Element::U8 {
         return Err(Error::dtype(what, "uint8", "a float type").into());
@@ -63,7 +87,8 @@ pub(super) fn cuda_quantize(
     order: &str,
     bad: Option<&Bound<'_, PyAny>>,
 ) -> PyResult<()> {
-    let spec = spec(codebook, block, scale, scale_dtype, order)?;
+    let codec = codec(codebook, block, scale, scale_dtype, order)?;
+    let spec = codec.spec();
     let (x, codes, fields) = (OnDevice::new("x", x)?, OnDevice::new("codes", codes)?, OnDevice::new("fields", fields)?);
     x.tensor.check_contiguous("x")?;
     let (n, row, device) = (x.tensor.len(), row(&x.tensor.shape, flat), x.tensor.device);
@@ -75,7 +100,7 @@ pub(super) fn cuda_quantize(
     };
     let tensor = flat::Flat { address: x.address(), dtype: x.tensor.float("x")?, len: n, row };
     // SAFETY: checked above; the caller keeps the tensors until the stream is past the launch, as with any asynchronous call.
-    unsafe { flat::quantize(device_of(&x)?, x.stream, &spec, &tensor, flat::Packed { codes, fields }, bad)? };
+    unsafe { codec.quantize(device_of(&x)?, x.stream, &tensor, flat::Packed { codes, fields }, bad)? };
     Ok(())
 }
 
@@ -93,7 +118,8 @@ pub(super) fn cuda_dequantize(
     flat: bool,
     order: &str,
 ) -> PyResult<()> {
-    let spec = spec(codebook, block, scale, scale_dtype, order)?;
+    let codec = codec(codebook, block, scale, scale_dtype, order)?;
+    let spec = codec.spec();
     let (codes, fields, out) = (OnDevice::new("codes", codes)?, OnDevice::new("fields", fields)?, OnDevice::new("out", out)?);
     out.tensor.check_output("out", &out.tensor.shape.clone())?;
     let (n, row, device) = (out.tensor.len(), row(&out.tensor.shape, flat), out.tensor.device);
@@ -101,6 +127,6 @@ pub(super) fn cuda_dequantize(
     let fields = bytes("fields", &fields, spec.fields_len(n, row), device)?;
     let tensor = flat::Flat { address: out.address(), dtype: out.tensor.float("out")?, len: n, row };
     // SAFETY: as in `cuda_quantize`.
-    unsafe { flat::dequantize(device_of(&out)?, out.stream, &spec, flat::Packed { codes, fields }, &tensor)? };
+    unsafe { codec.dequantize(device_of(&out)?, out.stream, flat::Packed { codes, fields }, &tensor)? };
     Ok(())
 }

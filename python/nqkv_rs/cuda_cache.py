@@ -1,0 +1,327 @@
+"""One layer's cache on a CUDA device: the same pages, appended and read by kernels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nqkv_rs import _core
+from nqkv_rs._arguments import whole
+from nqkv_rs.scheme import Scheme
+
+__all__ = ["CudaLayerCache"]
+
+# Tokens that attention dequantizes at a time: what it needs besides the cache is this much.
+TILE = 4096
+
+
+@dataclass
+class _Room:
+    """Device memory of a cache besides its rows, as the core takes it."""
+
+    codec: Any
+    counts: Any
+    table: Any
+    arrived: Any
+    sinks: tuple[Any, Any]
+    tail: tuple[Any, Any]
+    capacity: int
+
+
+class CudaLayerCache:
+    """:class:`nqkv_rs.LayerCache` on a CUDA device, for PyTorch tensors.
+
+    Pages are byte for byte those of the CPU. Nothing waits for the device: a NaN or infinity that
+    is appended is not refused here. Attention dequantizes a bounded number of tokens at a time.
+
+    Args:
+        scheme: as for :class:`nqkv_rs.LayerCache`.
+        kv_heads: KV heads of the layer.
+        key_dim: head size of keys, 1 to 256.
+        value_dim: head size of values; keys' if None.
+        batch: sequences.
+        exact_dtype: element type of exact tokens, unless the scheme names one.
+        device: the CUDA device.
+
+    Raises:
+        RuntimeError: no such device, or a driver that is too old.
+    """
+
+    def __init__(
+        self,
+        scheme: str | Scheme | Mapping[str, Any] = "nqkv4",
+        *,
+        kv_heads: int,
+        key_dim: int,
+        value_dim: int | None = None,
+        batch: int = 1,
+        exact_dtype: str = "bfloat16",
+        device: Any = "cuda",
+    ) -> None:
+        self.scheme = Scheme.of(scheme)
+        self.device = torch.device(device)
+        if self.device.type != "cuda":
+            raise ValueError(f"device: expected a CUDA device, got {self.device}")
+        if self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        self.key_dim = whole("key_dim", key_dim, 1, 256)
+        self.value_dim = key_dim if value_dim is None else whole("value_dim", value_dim, 1, 256)
+        self.core = _core.CudaLayerCache(
+            self.scheme.to_json(),
+            whole("kv_heads", kv_heads, 1, 4096),
+            self.key_dim,
+            self.value_dim,
+            exact_dtype,
+            whole("batch", batch, 0, 65536),
+            self.device.index,
+        )
+        blob = torch.frombuffer(bytearray(self.core.codec_bytes()), dtype=torch.uint8)
+        self._codec = blob.to(self.device)
+
+    @property
+    def pool(self) -> list[Any]:
+        """The tensors that hold all pages, ``[rows, kv_heads, page_bytes]`` uint8."""
+        return self.core.pool()
+
+    def _room(self, batch: int, capacity: int) -> _Room:
+        sinks, tail = self.core.sizes()
+
+        def zeros(size: int) -> torch.Tensor:
+            return torch.zeros(size, dtype=torch.uint8, device=self.device)
+
+        return _Room(
+            codec=self._codec,
+            counts=zeros(16 * batch),
+            table=zeros(8 * batch * capacity),
+            arrived=zeros(4 * batch),
+            sinks=(zeros(sinks[0] * batch), zeros(sinks[1] * batch)),
+            tail=(zeros(tail[0] * batch), zeros(tail[1] * batch)),
+            capacity=capacity,
+        )
+
+    def reserve(self, tokens: int) -> None:
+        """Make ready for the next tokens, so that appending them allocates nothing.
+
+        A CUDA graph that appends is captured, and each time replayed, after this; see
+        :meth:`advance`.
+
+        Args:
+            tokens: of every sequence.
+        """
+        tokens = whole("tokens", tokens, 0)
+        self._make_room(tokens)
+        self.core.reserve(tokens, self._codec)
+
+    def advance(self, tokens: int) -> None:
+        """Count tokens that a replayed CUDA graph has appended.
+
+        Args:
+            tokens: of every sequence; they were reserved before.
+        """
+        self.core.advance(whole("tokens", tokens, 0))
+
+    def _make_room(self, tokens: int) -> None:
+        missing = self.core.rows_missing(tokens)
+        if missing > 0:
+            shape = (missing, self.core.kv_heads, self.core.page_bytes)
+            # Bytes that stand for nothing stay 0, as on the CPU.
+            self.core.add_rows(torch.zeros(shape, dtype=torch.uint8, device=self.device))
+        pages = self.core.capacity_missing(tokens)
+        if pages > 0:
+            # Twice what is needed: a longer table is a copy of the old one.
+            self.core.set_room(self._room(self.core.batch, max(64, 2 * pages)))
+
+    def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Append the same number of tokens to every sequence.
+
+        Args:
+            k: keys, ``[batch, kv_heads, tokens, key_dim]``, any float dtype and strides.
+            v: values.
+
+        Raises:
+            ValueError: a wrong shape.
+            TypeError: a wrong dtype or device.
+        """
+        if k.dim() == 4 and k.shape[2] > 0:
+            self._make_room(k.shape[2])
+        self.core.append(k, v)
+
+    def read(
+        self, start: int, tokens: int, dtype: torch.dtype = torch.float32
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Dequantized tokens of every sequence; zeros past a sequence's end.
+
+        Args:
+            start: first token.
+            tokens: how many.
+            dtype: of the result.
+
+        Returns:
+            Keys and values, ``[batch, kv_heads, tokens, dim]``.
+        """
+        heads, batch = self.core.kv_heads, self.core.batch
+        k = torch.empty((batch, heads, tokens, self.key_dim), dtype=dtype, device=self.device)
+        v = torch.empty((batch, heads, tokens, self.value_dim), dtype=dtype, device=self.device)
+        self.core.read(start, k, v)
+        return k, v
+
+    def attend_into(
+        self,
+        q: torch.Tensor,
+        out: torch.Tensor,
+        scale: float | None,
+        *,
+        starts: Sequence[int] | None = None,
+        fresh: tuple[torch.Tensor, torch.Tensor] | None = None,
+        window: int | None = None,
+        soft_cap: float | None = None,
+        lse: torch.Tensor | None = None,
+    ) -> tuple[int, int]:
+        """Attention into ``out``; arguments as for :meth:`nqkv_rs.LayerCache.attend`.
+
+        Tiles of tokens are dequantized one after the other and merged by their log-sum-exp.
+
+        Returns:
+            Attended positions, and those of them that were read from pages.
+        """
+        batch, q_heads, queries, _ = q.shape
+        heads, group = self.core.kv_heads, q_heads // self.core.kv_heads
+        scale = 1 / math.sqrt(self.key_dim) if scale is None else scale
+        lengths = [self.core.tokens(b) for b in range(batch)]
+        if min(lengths, default=0) < queries:
+            raise ValueError(f"q: expected at most {min(lengths)} queries, got {queries}")
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        ends = torch.tensor(lengths, device=self.device)
+        position = ends[:, None] - queries + torch.arange(queries, device=self.device)
+        first = torch.zeros(batch, dtype=torch.long, device=self.device)
+        if starts is not None:
+            first = torch.tensor(list(starts), device=self.device)
+        low = first[:, None].expand(batch, queries)
+        if window is not None:
+            low = torch.maximum(low, position - window + 1)
+        grouped = q.to(wide).reshape(batch, heads, group * queries, self.key_dim) * scale
+        top = torch.full((batch, heads, group, queries), -torch.inf, dtype=wide, device=self.device)
+        total = torch.zeros_like(top)
+        shape = (batch, heads, group, queries, self.value_dim)
+        summed = torch.zeros(shape, dtype=wide, device=self.device)
+        for start in range(0, max(lengths), TILE):
+            tokens = min(TILE, max(lengths) - start)
+            k, v = self.read(start, tokens, wide)
+            at = start + torch.arange(tokens, device=self.device)
+            if fresh is not None:
+                for mine, given in ((k, fresh[0]), (v, fresh[1])):
+                    self._put_fresh(mine, given.to(wide), start, lengths, queries)
+            scores = torch.matmul(grouped, k.transpose(2, 3))
+            scores = scores.reshape(batch, heads, group, queries, tokens)
+            if soft_cap is not None:
+                scores = soft_cap * torch.tanh(scores / soft_cap)
+            seen = (at >= low[..., None]) & (at <= position[..., None])
+            scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
+            newest = torch.maximum(top, scores.amax(-1))
+            still = torch.where(torch.isinf(newest), 0.0, newest)
+            weights = torch.exp(scores - still[..., None])
+            keep = torch.exp(top - still)
+            total = total * keep + weights.sum(-1)
+            flat = weights.reshape(batch, heads, group * queries, tokens)
+            summed = summed * keep[..., None] + torch.matmul(flat, v).reshape(shape)
+            top = newest
+        result = summed / torch.where(total == 0, 1.0, total)[..., None]
+        # [batch, kv_heads, group, queries, dim] to [batch, queries, q_heads, dim]
+        out.copy_(result.permute(0, 3, 1, 2, 4).reshape(batch, queries, q_heads, self.value_dim))
+        if lse is not None:
+            log = top + torch.log(total)
+            lse.copy_(log.permute(0, 3, 1, 2).reshape(batch, queries, q_heads))
+        return self._count(lengths, queries, starts, window)
+
+    def _put_fresh(
+        self, tile: torch.Tensor, given: torch.Tensor, start: int, lengths: list[int], queries: int
+    ) -> None:
+        for b, length in enumerate(lengths):
+            low, high = max(length - queries, start), min(length, start + tile.shape[2])
+            if low < high:
+                offset = length - queries
+                tile[b, :, low - start : high - start] = given[b, :, low - offset : high - offset]
+
+    def _count(
+        self, lengths: list[int], queries: int, starts: Sequence[int] | None, window: int | None
+    ) -> tuple[int, int]:
+        attended = packed = 0
+        for b, length in enumerate(lengths):
+            sinks = min(self.scheme.sink_tokens, length)
+            pages = range(sinks, sinks + self.core.packed(b))
+            for at in range(length - queries, length):
+                low = max(starts[b] if starts is not None else 0, at + 1 - (window or at + 1))
+                attended += max(at + 1 - low, 0)
+                packed += max(min(at + 1, pages.stop) - max(low, pages.start), 0)
+        return attended, packed
+
+    def attend(self, q: torch.Tensor, **words: Any) -> torch.Tensor:
+        """Attention of queries on the cache.
+
+        Args:
+            q: ``[batch, q_heads, queries, key_dim]``.
+            **words: as for :meth:`nqkv_rs.LayerCache.attend`.
+
+        Returns:
+            ``[batch, queries, q_heads, value_dim]`` in the dtype of ``q``.
+        """
+        batch, heads, queries, _ = q.shape
+        shape = (batch, queries, heads, self.value_dim)
+        out = torch.empty(shape, dtype=q.dtype, device=self.device)
+        self.attend_into(q, out, words.pop("scale", None), **words)
+        return out
+
+    def tokens(self, sequence: int = 0) -> int:
+        """Tokens of a sequence."""
+        return self.core.tokens(whole("sequence", sequence, 0))
+
+    def memory(self) -> dict[str, int]:
+        """Bytes allocated on the device, as :meth:`nqkv_rs.LayerCache.memory` names them."""
+        return self.core.memory()
+
+    def crop(self, lengths: int | Sequence[int]) -> None:
+        """Cut every sequence to its first tokens.
+
+        Args:
+            lengths: tokens to keep, one number for all sequences or one for each.
+        """
+        kept = [lengths] * self.core.batch if isinstance(lengths, int) else list(lengths)
+        self.core.crop([whole("lengths", n, 0) for n in kept])
+
+    def _capacity(self) -> int:
+        tables = (len(self.core.table(b)) for b in range(self.core.batch))
+        return max(64, 2 * max(tables, default=0))
+
+    def select(self, sequences: Sequence[int]) -> None:
+        """Make sequence ``i`` what ``sequences[i]`` was; pages are shared.
+
+        Args:
+            sequences: indices.
+        """
+        chosen = [whole("sequences", i, 0) for i in sequences]
+        self.core.select(chosen, self._room(len(chosen), self._capacity()))
+
+    def fork(self, sequences: Sequence[int] | None = None) -> CudaLayerCache:
+        """A cache of its own with the same tokens; pages are shared.
+
+        Args:
+            sequences: those to take; all if None.
+        """
+        all_ = range(self.core.batch)
+        chosen = list(all_) if sequences is None else [whole("sequences", i, 0) for i in sequences]
+        copy = CudaLayerCache.__new__(CudaLayerCache)
+        copy.scheme, copy.device, copy._codec = self.scheme, self.device, self._codec
+        copy.key_dim, copy.value_dim = self.key_dim, self.value_dim
+        copy.core = self.core.fork(chosen, self._room(len(chosen), self._capacity()))
+        return copy
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CudaLayerCache:
+        return self.fork()
+
+    def reset(self) -> None:
+        """Drop every token. Memory stays, for reuse."""
+        self.core.reset()
