@@ -26,7 +26,7 @@ struct CacheArguments {
   int* arrived;
   Tensor x[2];
   long long capacity;  // entries of a sequence's table
-  int batch, tokens;
+  int with_pages, tokens;
 };
 
 namespace {
@@ -178,43 +178,40 @@ DEVICE void single_slot(const unsigned long long* table, const Counts& n, int i,
   else page = n.pages + (i - room) / PAGE_TOKENS, slot = (i - room) % PAGE_TOKENS;
 }
 
-}  // namespace
+// One page that an append writes: its place in the table, and which tokens of the stream go to which slots.
+struct Piece {
+  int page, slot, start, count;
+};
 
-// Writes pages: block (page, head, 2 * sequence + side). Counts and table stay as they are.
-extern "C" __global__ void __launch_bounds__(256) pages_seal(const __grid_constant__ CacheArguments a) {
-  const Codec& codec = *a.codec;
-  const int h = blockIdx.y, b = blockIdx.z / 2, side = blockIdx.z % 2;
-  const Side& s = codec.side[side];
-  const Counts n = a.counts[b];
-  const unsigned long long* table = a.table + b * a.capacity;
-  const Stream stream(a, n);
-  int start = blockIdx.x * PAGE_TOKENS, page = n.pages + blockIdx.x, slot = 0, count = PAGE_TOKENS;
-  if (codec.single_slots) {
-    // The open page, if there is one, then one for each 64 tokens that are left.
-    const int incoming = a.tokens - stream.skip;
-    single_slot(table, n, 0, page, slot);
-    const int room = page < n.pages ? PAGE_TOKENS - slot : 0;
-    if (room > 0) start = blockIdx.x == 0 ? 0 : room + (blockIdx.x - 1) * PAGE_TOKENS;
-    if (start >= incoming) return;
-    count = min(incoming - start, room > 0 && blockIdx.x == 0 ? room : PAGE_TOKENS);
-    single_slot(table, n, start, page, slot);
-  } else if (int(blockIdx.x) >= pages_due(codec, stream.length(a))) {
-    return;
-  }
-  write_half(codec, s, half_of(codec, table[page], h, side), h, slot, count,
-             [&](int i, int head, int c) { return stream.number(a, side, b, head, start + i, c); });
+// Piece i of an append; false if there are fewer. A single-slot scheme first fills the open page, if there is one.
+DEVICE bool piece_of(const CacheArguments& a, const unsigned long long* table, const Counts& n, const Stream& stream, int i, Piece& piece) {
+  piece = {n.pages + i, 0, i * PAGE_TOKENS, PAGE_TOKENS};
+  if (!a.codec->single_slots) return i < pages_due(*a.codec, stream.length(a));
+  const int incoming = a.tokens - stream.skip;
+  int page, slot;
+  single_slot(table, n, 0, page, slot);
+  const int room = page < n.pages ? PAGE_TOKENS - slot : 0;
+  if (room > 0) piece.start = i == 0 ? 0 : room + (i - 1) * PAGE_TOKENS;
+  if (piece.start >= incoming) return false;
+  piece.count = min(incoming - piece.start, room > 0 && i == 0 ? room : PAGE_TOKENS);
+  single_slot(table, n, piece.start, piece.page, piece.slot);
+  return true;
 }
 
-// After the pages: sinks, tail, table and counts. Block (head, sequence); the last of a sequence to arrive moves its counts.
-extern "C" __global__ void __launch_bounds__(256) pages_settle(const __grid_constant__ CacheArguments a) {
+DEVICE void write_piece(const CacheArguments& a, const unsigned long long* table, const Stream& stream, const Piece& piece, int b, int h, int side) {
   const Codec& codec = *a.codec;
-  const int h = blockIdx.x, b = blockIdx.y;
-  const Counts n = a.counts[b];
-  const Stream stream(a, n);
-  const int length = stream.length(a), due = codec.single_slots ? 0 : pages_due(codec, length), sealed = due * PAGE_TOKENS;
+  write_half(codec, codec.side[side], half_of(codec, table[piece.page], h, side), h, piece.slot, piece.count,
+             [&](int i, int head, int c) { return stream.number(a, side, b, head, piece.start + i, c); });
+}
+
+// Sinks and tail of a head after an append.
+DEVICE void settle_exact(const CacheArguments& a, const Counts& n, const Stream& stream, int sealed, int b, int h) {
+  const Codec& codec = *a.codec;
+  const int length = stream.length(a), exact = codec.exact;
+#pragma unroll 1
   for (int side = 0; side < 2; side++) {
     const Side& s = codec.side[side];
-    const int exact = codec.exact;
+#pragma unroll 1
     for (int e = threadIdx.x; e < stream.skip * s.dim; e += blockDim.x) {
       const int t = e / s.dim, c = e % s.dim;
       const Tensor& x = a.x[side];
@@ -224,6 +221,7 @@ extern "C" __global__ void __launch_bounds__(256) pages_settle(const __grid_cons
     if (codec.single_slots) continue;
     // What stays of the old tail moves down, a batch of elements at a time: read by all before any is written.
     const int kept = max(n.tail - sealed, 0);
+#pragma unroll 1
     for (int first = 0; sealed > 0 && first < kept * s.dim; first += blockDim.x) {
       const int e = first + threadIdx.x, t = e / s.dim, c = e % s.dim;
       double v = 0;
@@ -233,6 +231,7 @@ extern "C" __global__ void __launch_bounds__(256) pages_settle(const __grid_cons
       __syncthreads();
     }
     const int from = max(n.tail, sealed);
+#pragma unroll 1
     for (int e = threadIdx.x; e < (length - from) * s.dim; e += blockDim.x) {
       const int t = from + e / s.dim, c = e % s.dim;
       const Tensor& x = a.x[side];
@@ -240,19 +239,20 @@ extern "C" __global__ void __launch_bounds__(256) pages_settle(const __grid_cons
       store(a.tail[side], exact_at(codec, s, codec.tail_slots, b, t - sealed, h, c), exact, load(x.data, at, int(x.dtype)));
     }
   }
+}
+
+// Table and counts of a sequence, by the last of its heads to arrive: every other one has read them.
+DEVICE void settle_counts(const CacheArguments& a, const Counts& n, const Stream& stream, int due, int b) {
   __syncthreads();
-  __shared__ bool last;
-  if (threadIdx.x == 0) {
-    __threadfence();
-    last = atomicAdd(a.arrived + b, 1) == int(gridDim.x) - 1;
-  }
-  __syncthreads();
-  if (!last || threadIdx.x != 0) return;
+  if (threadIdx.x != 0) return;
+  __threadfence();
+  if (atomicAdd(a.arrived + b, 1) != int(gridDim.x) - 1) return;
   a.arrived[b] = 0;
   unsigned long long* table = a.table + b * a.capacity;
-  Counts next = {n.sinks + stream.skip, n.pages + due, length - sealed, n.open};
+  Counts next = {n.sinks + stream.skip, n.pages + due, stream.length(a) - due * PAGE_TOKENS, n.open};
+#pragma unroll 1
   for (int i = 0; i < due; i++) table[n.pages + i] = (table[n.pages + i] & ADDRESS) | (unsigned long long)PAGE_TOKENS << 56;
-  if (codec.single_slots) {
+  if (a.codec->single_slots) {
     next.tail = 0;
     const int incoming = a.tokens - stream.skip;
     for (int i = 0; i < incoming;) {
@@ -265,6 +265,37 @@ extern "C" __global__ void __launch_bounds__(256) pages_settle(const __grid_cons
     }
   }
   a.counts[b] = next;
+}
+
+}  // namespace
+
+// Writes pages: block (page, head, 2 * sequence + side). Counts and table stay as they are.
+extern "C" __global__ void __launch_bounds__(256, 3) pages_seal(const __grid_constant__ CacheArguments a) {
+  const int h = blockIdx.y, b = blockIdx.z / 2, side = blockIdx.z % 2;
+  const Counts n = a.counts[b];
+  const unsigned long long* table = a.table + b * a.capacity;
+  const Stream stream(a, n);
+  Piece piece;
+  if (piece_of(a, table, n, stream, blockIdx.x, piece)) write_piece(a, table, stream, piece, b, h, side);
+}
+
+// Sinks, tail, table and counts, and before them, if `with_pages`, the pages that are due: so a few tokens take one launch.
+// Block (head, sequence). Not with pages for schemes with a tail whose blocks span heads: those need tails that other blocks
+// move.
+extern "C" __global__ void __launch_bounds__(256, 3) pages_append(const __grid_constant__ CacheArguments a) {
+  const int h = blockIdx.x, b = blockIdx.y;
+  const Counts n = a.counts[b];
+  const unsigned long long* table = a.table + b * a.capacity;
+  const Stream stream(a, n);
+  Piece piece;
+#pragma unroll 1
+  for (int i = 0; a.with_pages && piece_of(a, table, n, stream, i / 2, piece); i++) {
+    write_piece(a, table, stream, piece, b, h, i % 2);
+    __syncthreads();
+  }
+  const int due = a.codec->single_slots ? 0 : pages_due(*a.codec, stream.length(a));
+  settle_exact(a, n, stream, due * PAGE_TOKENS, b, h);
+  settle_counts(a, n, stream, due, b);
 }
 
 struct ReadArguments {
@@ -280,7 +311,7 @@ struct ReadArguments {
 
 // Tokens from..from + tokens of every sequence as dense numbers; zeros past a sequence's end. Block (64 tokens, head,
 // 2 * sequence + side); the table is walked by counts, since a page may hold fewer than 64.
-extern "C" __global__ void __launch_bounds__(256) pages_read(const __grid_constant__ ReadArguments a) {
+extern "C" __global__ void __launch_bounds__(256, 4) pages_read(const __grid_constant__ ReadArguments a) {
   const Codec& codec = *a.codec;
   const int h = blockIdx.y, b = blockIdx.z / 2, side = blockIdx.z % 2;
   const Side& s = codec.side[side];
@@ -300,6 +331,7 @@ extern "C" __global__ void __launch_bounds__(256) pages_read(const __grid_consta
     packed = at;
   }
   __syncthreads();
+#pragma unroll 1
   for (int e = threadIdx.x; e < PAGE_TOKENS * s.stored; e += blockDim.x) {
     const int i = e / s.stored, c = e % s.stored, t = first + i, channel = channel_at(codec, s, h, c);
     if (t >= a.from + a.tokens || channel >= s.dim) continue;

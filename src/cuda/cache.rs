@@ -18,6 +18,7 @@ use crate::cache::pool::{Extent, Row};
 use crate::cache::{Keep, Memory, PageEntry};
 use crate::error::{Error, Result};
 use crate::page::PAGE_TOKENS;
+use crate::scheme::Span;
 use crate::seal::PageCodec;
 use crate::tensor::Dtype;
 
@@ -82,7 +83,7 @@ struct CacheArguments {
     arrived: u64,
     x: [TensorArgument; 2],
     capacity: i64,
-    batch: i32,
+    with_pages: i32,
     tokens: i32,
 }
 
@@ -102,6 +103,8 @@ struct ReadArguments {
     padding: i32,
 }
 
+/// Up to this many tokens are appended in one launch.
+const FEW_TOKENS: usize = 16;
 const ENTRIES: usize = 120;
 
 /// `TableArguments` of `cuda/pages.cu`.
@@ -441,17 +444,21 @@ impl DeviceCache {
             arrived: room.arrived,
             x: [tensor(k), tensor(v)],
             capacity: room.capacity as i64,
-            batch: self.batch() as i32,
+            with_pages: 0,
             tokens: tokens as i32,
         };
+        let scheme = &self.codec.scheme;
+        let single = scheme.writes_single_slots();
+        let spans = scheme.key.span == Span::Heads || scheme.value.span == Span::Heads;
+        a.with_pages = i32::from(tokens <= FEW_TOKENS && (single || !spans));
         let argument: *mut c_void = (&raw mut a).cast();
-        let single = self.codec.scheme.writes_single_slots();
-        // A single-slot scheme may write to an open page before the new ones.
-        let pages = (0..self.batch()).map(|b| self.rows_for(b, tokens) + usize::from(single)).max().unwrap_or(0);
-        if pages > 0 {
+        // Grids do not depend on counts, so that a CUDA graph may hold them.
+        if a.with_pages == 0 {
+            // One page more than whole ones: the tail may be full, or a page open.
+            let pages = tokens.div_ceil(PAGE_TOKENS) + 1;
             self.launch(Kernel::PagesSeal, (pages, self.codec.heads, 2 * self.batch()), 256, stream, argument)?;
         }
-        self.launch(Kernel::PagesSettle, (self.codec.heads, self.batch(), 1), 256, stream, argument)?;
+        self.launch(Kernel::PagesAppend, (self.codec.heads, self.batch(), 1), 256, stream, argument)?;
         self.advance(tokens);
         Ok(())
     }

@@ -63,7 +63,7 @@ kernels! {
     ],
     "pages": [
         PagesSeal = "pages_seal",
-        PagesSettle = "pages_settle",
+        PagesAppend = "pages_append",
         PagesRead = "pages_read",
         PagesSet = "pages_set",
     ],
