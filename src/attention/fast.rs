@@ -25,8 +25,8 @@ const RUN_TILES: [usize; 2] = [16, 4];
 const UNIT_COLUMNS: usize = 256;
 /// Tiles (times four columns) that are read sooner than another thread wakes up.
 const ALONE: usize = 32;
-/// Tasks of a unit.
-const UNIT_TASKS: usize = 8;
+/// Tasks of a unit: few columns, many columns, whose results are large.
+const UNIT_TASKS: [usize; 2] = [8, 2];
 
 /// What a run gives for each of its columns.
 #[derive(Default)]
@@ -112,7 +112,7 @@ pub(super) fn attend(plan: &Plan, simd: Simd, out: &mut [f32], mut lse: Option<&
     for unit in 0..kernel.units.len() {
         let tiles = kernel.reach(&kernel.units[unit]);
         let runs = tiles.len().div_ceil(kernel.run_tiles);
-        let step = kernel.run_tiles * runs.div_ceil(UNIT_TASKS).max(1);
+        let step = kernel.run_tiles * runs.div_ceil(UNIT_TASKS[usize::from(!few)]).max(1);
         tasks.extend(tiles.clone().step_by(step).map(|at| Task { unit, tiles: at..tiles.end.min(at + step) }));
     }
     let one = |task: &Task| ROOM.with_borrow_mut(|room| kernel.task(task, room));
