@@ -127,8 +127,15 @@ def check_attention(
     np.testing.assert_allclose(out, expected, rtol=0, atol=1e-12 * top)
     np.testing.assert_allclose(lse, expected_lse, rtol=2e-7, atol=2e-7)
     out, lse = real.attend(q.astype(np.float32), **how)
-    np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5 * top)
-    np.testing.assert_allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
+    # Up to 16 query columns of a KV head may be multiplied in 16-bit integers: 1e-4 over all heads.
+    few = q.shape[1] // real.heads * q.shape[2] <= 16
+    if few:
+        error, size = np.linalg.norm(out - expected), np.linalg.norm(expected)
+        assert error <= 1e-4 * size, f"relative error {error / size:.2e}"
+    seen = np.abs(expected_lse[np.isfinite(expected_lse)]).max(initial=1.0)
+    bound = 1e-4 * seen if few else 1e-5
+    np.testing.assert_allclose(out, expected, rtol=0, atol=(1e-3 if few else 1e-5) * top)
+    np.testing.assert_allclose(lse, expected_lse, rtol=1e-5, atol=bound)
     return expected, expected_lse
 
 

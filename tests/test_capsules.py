@@ -64,6 +64,7 @@ def replaced(x: tuple[int, ...], value: int) -> Any:
 
 
 kept: list[Any] = []
+# Of any element type: the last one only for extents, whose product counts.
 HUGE = (2**63 - 1, 2**62, 2**61)
 # What is wrong, and how an array of at least one dimension, no extent below 2, becomes so.
 LIES: list[tuple[str, Callable[[Array, Any], dict[str, Any]]]] = [
@@ -91,7 +92,7 @@ LIES: list[tuple[str, Callable[[Array, Any], dict[str, Any]]]] = [
     (
         "stride",
         lambda a, draw: {
-            "strides": replaced(a.steps or a.extents, draw(st.sampled_from([-(2**63), *HUGE])))
+            "strides": replaced(a.steps or a.extents, draw(st.sampled_from([-(2**63), *HUGE[:2]])))
         },
     ),
     ("major", lambda a, draw: {"major": draw(st.sampled_from([0, 2, 3, 2**32 - 1]))}),
