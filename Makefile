@@ -25,6 +25,7 @@ SHELL       := /bin/bash
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .PHONY: help demo test test-compat build wheel sdist lint fmt docs bench clean rust python alone
+.PHONY: cuda cuda-check soak fuzz fuzz-asan
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -32,7 +33,7 @@ help: ## list the targets
 demo: $(VENV)/.with-demo ## set up, then generate with a real model through the packed cache (DEMO="--scheme nqkv ...")
 	$(BIN)/nqkv-rs demo $(DEMO)
 
-test: rust lint alone python ## set up, then run everything that must pass: Rust, lint, types, wheel, Python
+test: rust cuda-check lint alone python ## set up, then run everything that must pass: Rust, CUDA, lint, types, Python
 
 build: $(VENV)/.installed ## build the wheel for this machine and install it into .venv
 
@@ -95,6 +96,25 @@ python: $(VENV)/.with-test ## pytest on the installed wheel, the real model incl
 test-compat: $(VENV)/.with-test ## transformers tests on three releases, 5.5 to the newest; result into docs/compat.md
 	$(PY) tests/compat.py --write docs/compat.md
 
+cuda-check: $(VENV)/.tools ## prove that cuda/ptx is what cuda/*.cu compiles to (no GPU needed)
+	$(PY) cuda/build.py --check
+
+# --- longer runs of what `make test` runs in slices -----------------------------------------------------------------
+
+soak: ## a million random operations against a dense model (NQKV_SOAK_OPS, NQKV_SOAK_SEED)
+	NQKV_SOAK_OPS=$${NQKV_SOAK_OPS:-1000000} cargo test --test soak -- --nocapture
+
+FUZZ_INPUTS := $${NQKV_FUZZ_INPUTS:-1000000}
+fuzz: $(VENV)/.with-test ## a million hostile inputs for each parser (NQKV_FUZZ_INPUTS, NQKV_FUZZ_SEED)
+	NQKV_FUZZ_INPUTS=$(FUZZ_INPUTS) cargo test --test fuzz -- --nocapture
+	NQKV_FUZZ_INPUTS=$(FUZZ_INPUTS) $(PY) -m pytest tests/test_capsules.py --timeout 0
+
+# The sanitizer's runtime comes with the compiler; its flag is for nightly ones.
+ASAN := RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address CARGO_TARGET_DIR=target/asan
+fuzz-asan: ## fuzz and soak in slices under AddressSanitizer (x86_64 Linux)
+	NQKV_FUZZ_INPUTS=$${NQKV_FUZZ_INPUTS:-100000} NQKV_SOAK_OPS=$${NQKV_SOAK_OPS:-20000} $(ASAN) \
+		cargo test --target x86_64-unknown-linux-gnu --test fuzz --test soak --test cache -- --nocapture
+
 # --- the rest -------------------------------------------------------------------------------------------------------
 
 wheel: sdist $(VENV)/.zig ## abi3 manylinux2014 wheel and sdist into dist/
@@ -108,6 +128,9 @@ sdist: $(VENV)/.tools ## source distribution into dist/
 $(VENV)/.zig: $(VENV)/.tools
 	$(GET) $(ZIG)
 	@touch $@
+
+cuda: $(VENV)/.tools ## compile cuda/*.cu to cuda/ptx (the compiler comes from the package index)
+	$(PY) cuda/build.py
 
 fmt: $(VENV)/.with-lint ## format Rust and Python in place
 	cargo fmt

@@ -9,8 +9,8 @@ use. A source says what it needs in its first lines::
 
 PTX is relabelled to that version, because a driver refuses text that is newer than itself, whatever
 the instructions are. ``--check`` compiles again and compares byte for byte; assembles with the
-``ptxas`` of CUDA 12.0 for sm_80 to sm_90 and of 12.8 for sm_100 and sm_120, where a spilled register
-or a local array is an error; and counts instructions in the machine code. It needs no GPU.
+``ptxas`` of CUDA 12.0 for sm_80 to sm_90 and of 12.8 for sm_100 and sm_120, where a spilled
+register or a local array is an error; and counts instructions in the machine code. It needs no GPU.
 """
 
 from __future__ import annotations
@@ -89,7 +89,9 @@ def compile_ptx(source: Path) -> str:
     text = re.sub(r"^\.version .*$", f".version {said['isa'][0]}", text, flags=re.MULTILINE)
     # A hint of newer compilers that old assemblers refuse.
     text = re.sub(r'^\s*\.pragma "used_bytes_mask .*\n', "", text, flags=re.MULTILINE)
-    return re.sub(r"\A(//.*\n|\n)+", f"// Compiled from cuda/{source.name} by cuda/build.py.\n", text)
+    return re.sub(
+        r"\A(//.*\n|\n)+", f"// Compiled from cuda/{source.name} by cuda/build.py.\n", text
+    )
 
 
 def target(source: Path) -> Path:
@@ -129,7 +131,9 @@ def check(source: Path, verbose: bool) -> list[str]:
     committed = target(source).read_text() if target(source).exists() else ""
     fresh = compile_ptx(source)
     if fresh != committed:
-        diff = difflib.unified_diff(committed.splitlines(), fresh.splitlines(), "committed", "rebuilt", "", "", 2)
+        diff = difflib.unified_diff(
+            committed.splitlines(), fresh.splitlines(), "committed", "rebuilt", "", "", 2
+        )
         return [f"{target(source).name} is not what {source.name} compiles to", *list(diff)[:40]]
     for wheel, archs in ASSEMBLERS.items():
         for arch in archs:
@@ -142,8 +146,12 @@ def check(source: Path, verbose: bool) -> list[str]:
 def main() -> int:
     """Build, or check."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="compare, assemble, count; change nothing")
-    parser.add_argument("--verbose", action="store_true", help="registers and memory of each kernel")
+    parser.add_argument(
+        "--check", action="store_true", help="compare, assemble, count; change nothing"
+    )
+    parser.add_argument(
+        "--verbose", action="store_true", help="registers and memory of each kernel"
+    )
     parser.add_argument("source", nargs="*", type=Path, help="default: all")
     options = parser.parse_args()
     sources = [HERE / s.name for s in options.source] or sorted(HERE.glob("*.cu"))
@@ -155,7 +163,11 @@ def main() -> int:
     with concurrent.futures.ThreadPoolExecutor() as pool:
         if options.check:
             known = {target(s).name for s in sorted(HERE.glob("*.cu"))}
-            wrong += [f"{p.name} has no source" for p in sorted((HERE / "ptx").glob("*.ptx")) if p.name not in known]
+            wrong += [
+                f"{p.name} has no source"
+                for p in sorted((HERE / "ptx").glob("*.ptx"))
+                if p.name not in known
+            ]
             for said in pool.map(lambda s: check(s, options.verbose), sources):
                 wrong += said
         else:
@@ -167,7 +179,10 @@ def main() -> int:
                     for wheel, archs in ASSEMBLERS.items():
                         for arch in archs:
                             print(f"{arch}\n{assemble(target(source), wheel, arch)}")
-    print("\n".join(wrong) or f"{len(sources)} files {'are' if options.check else 'were'} compiled from their sources")
+    print(
+        "\n".join(wrong)
+        or f"{len(sources)} files {'are' if options.check else 'were'} compiled from their sources"
+    )
     return bool(wrong)
 
 

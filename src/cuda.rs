@@ -12,5 +12,5 @@ mod kernels;
 
 pub use self::cache::{DeviceCache, DeviceView, Room, Sizes};
 pub use self::codec::codec_bytes;
-pub use self::driver::{Device, Stream, device, status};
+pub use self::driver::{Device, Stream, device, driver_version, status};
 pub use self::kernels::Kernel;

@@ -83,7 +83,7 @@ mod _core {
     use super::cache::LayerCache;
     #[cfg(feature = "cuda")]
     #[pymodule_export]
-    use super::cuda::{cuda_dequantize, cuda_device, cuda_quantize, cuda_status, cuda_warm_up};
+    use super::cuda::{cuda_dequantize, cuda_device, cuda_driver_version, cuda_quantize, cuda_status, cuda_warm_up};
     #[cfg(feature = "cuda")]
     #[pymodule_export]
     use super::cuda_cache::CudaLayerCache;

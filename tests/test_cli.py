@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from typing import Any
 
 import pytest
 
@@ -37,16 +36,15 @@ def test_doctor_in_words(capsys: pytest.CaptureFixture[str]) -> None:
 def test_doctor_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     real = doctor._version
     monkeypatch.setattr(doctor, "_version", lambda n: None if n == "torch" else real(n))
-    monkeypatch.setattr(doctor.ctypes, "CDLL", _no_library)
+    why = "no CUDA driver: libcuda.so.1 cannot be opened"
+    monkeypatch.setattr(doctor._core, "cuda_status", lambda: (0, why))
+    monkeypatch.setattr(doctor._core, "cuda_driver_version", lambda: None)
     found = doctor.report()
     assert found["versions"]["torch"] is None
     assert 'pip install "nqkv-rs[transformers]"' in found["runs_on"]["generation with transformers"]
     assert found["gpu"]["devices"] == []
-    assert found["gpu"]["why"].startswith("no NVIDIA driver")
-
-
-def _no_library(name: str) -> Any:
-    raise OSError(name)
+    assert found["gpu"] == {"driver": None, "devices": [], "usable": False, "why": why}
+    assert why in found["runs_on"]["CUDA tensors"]
 
 
 def test_doctor_needs_neither_torch_nor_rich() -> None:

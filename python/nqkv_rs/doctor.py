@@ -7,7 +7,6 @@ which people ask.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import platform
 from importlib import metadata
@@ -18,8 +17,6 @@ from . import _core
 __all__ = ["add_arguments", "report", "run"]
 
 _PACKAGES = ("numpy", "torch", "transformers", "gguf", "rich")
-# This version carries no CUDA kernels; the version that brings them sets this.
-_NO_CUDA = "CUDA kernels are not built into this version; everything runs on the CPU"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,7 +58,7 @@ def report() -> dict[str, dict[str, Any]]:
         "versions": versions,
         "cpu": cpu,
         "gpu": gpu,
-        "runs_on": _runs_on(versions, cpu),
+        "runs_on": _runs_on(versions, cpu, gpu),
     }
 
 
@@ -77,35 +74,24 @@ def _cpu() -> dict[str, Any]:
 
 
 def _gpu() -> dict[str, Any]:
-    """Ask the CUDA driver itself: it answers without torch, and cannot be a CPU-only build."""
-    found: dict[str, Any] = {"driver": None, "devices": [], "usable": False, "why": _NO_CUDA}
-    try:
-        cuda = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return {**found, "why": f"no NVIDIA driver here (libcuda.so.1 does not load); {_NO_CUDA}"}
-    status = cuda.cuInit(0)
-    if status != 0:
-        return {**found, "why": f"the NVIDIA driver does not start (cuInit: {status}); {_NO_CUDA}"}
-    version, count = ctypes.c_int(), ctypes.c_int()
-    if cuda.cuDriverGetVersion(ctypes.byref(version)) == 0:
-        # 13020 means CUDA 13.2.
-        found["driver"] = f"CUDA {version.value // 1000}.{version.value % 1000 // 10}"
-    if cuda.cuDeviceGetCount(ctypes.byref(count)) == 0:
-        found["devices"] = [_device_name(cuda, index) for index in range(count.value)]
-    if not found["devices"]:
-        found["why"] = f"the NVIDIA driver shows no device; {_NO_CUDA}"
-    return found
+    """What the core finds: it asks the driver itself, without torch."""
+    version, (count, why) = _core.cuda_driver_version(), _core.cuda_status()
+    devices = []
+    for ordinal in range(count):
+        try:
+            name, (major, minor), processors = _core.cuda_device(ordinal)
+            devices.append(f"{name} (sm_{major}{minor}, {processors} multiprocessors)")
+        except RuntimeError as error:
+            devices.append(f"device {ordinal}: {error}")
+    return {
+        "driver": None if version is None else f"CUDA {version[0]}.{version[1]}",
+        "devices": devices,
+        "usable": count > 0,
+        "why": why or "kernels run; they were compiled for compute capability 8.0 and newer",
+    }
 
 
-def _device_name(cuda: ctypes.CDLL, index: int) -> str:
-    handle, name = ctypes.c_int(), ctypes.create_string_buffer(256)
-    if cuda.cuDeviceGet(ctypes.byref(handle), index) != 0:
-        return f"device {index}"
-    cuda.cuDeviceGetName(name, len(name), handle)
-    return name.value.decode(errors="replace")
-
-
-def _runs_on(versions: dict[str, Any], cpu: dict[str, Any]) -> dict[str, str]:
+def _runs_on(versions: dict[str, Any], cpu: dict[str, Any], gpu: dict[str, Any]) -> dict[str, str]:
     def unless(packages: tuple[str, ...], extra: str) -> str:
         missing = [name for name in packages if versions[name] is None]
         if not missing:
@@ -118,7 +104,7 @@ def _runs_on(versions: dict[str, Any], cpu: dict[str, Any]) -> dict[str, str]:
         "cache and attention": core,
         "generation with transformers": unless(("torch", "transformers"), "transformers"),
         "nqkv-rs demo": unless(("torch", "transformers", "gguf", "rich"), "demo"),
-        "CUDA tensors": "refused by name; move them to the CPU",
+        "CUDA tensors": "CUDA kernels" if gpu["usable"] else f"not here: {gpu['why']}",
     }
 
 

@@ -42,6 +42,18 @@ fn probe() -> std::result::Result<usize, String> {
     }
 }
 
+/// The CUDA version that the driver speaks, 13.2 as (13, 2); None where there is no driver.
+pub fn driver_version() -> Option<(i32, i32)> {
+    // SAFETY: as in `probe`.
+    if !unsafe { sys::is_culib_present() } {
+        return None;
+    }
+    let mut version = 0;
+    // SAFETY: writes one int.
+    unsafe { sys::cuDriverGetVersion(&raw mut version) }.result().ok()?;
+    Some((version / 1000, version % 1000 / 10))
+}
+
 /// A driver error with its name, its number, and advice where there is some.
 fn words(e: DriverError) -> String {
     let name = e.error_name().map_or("unknown error", |n| n.to_str().unwrap_or("unknown error"));

@@ -20,6 +20,12 @@ pub(super) fn cuda_status() -> (usize, Option<&'static str>) {
     }
 }
 
+/// The CUDA version that the driver speaks.
+#[pyfunction]
+pub(super) fn cuda_driver_version() -> Option<(i32, i32)> {
+    cuda::driver_version()
+}
+
 /// Name, compute capability and multiprocessors of a device.
 #[pyfunction]
 pub(super) fn cuda_device(ordinal: usize) -> PyResult<(String, (i32, i32), usize)> {

@@ -29,14 +29,19 @@ static TABLES: Mutex<Vec<Table>> = Mutex::new(Vec::new());
 fn exchange(object: &Bound<'_, PyAny>) -> Option<*const DlExchangeApi> {
     let kind = object.get_type();
     let key = kind.as_ptr() as usize;
-    let mut tables = TABLES.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    if let Some(table) = tables.iter().find(|t| t.0 == key) {
-        return (!table.1.is_null()).then_some(table.1);
+    let known = |tables: &[Table]| tables.iter().find(|t| t.0 == key).map(|t| t.1);
+    let lock = || TABLES.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    if let Some(api) = known(&lock()) {
+        return (!api.is_null()).then_some(api);
     }
+    // Not under the lock: this runs Python.
     let found = look_up(&kind).unwrap_or(std::ptr::null());
-    // A type of a dead class might leave its address to another: only builtin tensor types are remembered.
-    tables.push(Table(key, found));
-    std::mem::forget(kind.unbind());
+    let mut tables = lock();
+    if known(&tables).is_none() {
+        tables.push(Table(key, found));
+        // The type lives on, so that its address is nobody else's.
+        std::mem::forget(kind.unbind());
+    }
     (!found.is_null()).then_some(found)
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
@@ -12,6 +12,9 @@ from nqkv_rs.cache import LayerCache
 from nqkv_rs.integrations.packed import PackedKV
 from nqkv_rs.integrations.shared import Shared
 from nqkv_rs.scheme import Scheme
+
+if TYPE_CHECKING:
+    from nqkv_rs.cuda_cache import CudaLayerCache
 
 __all__ = ["NqkvLayer"]
 
@@ -38,7 +41,7 @@ class NqkvLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.scheme = scheme
         self.shared = shared
         self.window = window
-        self.cache: LayerCache | None = None
+        self.cache: LayerCache | CudaLayerCache | None = None
         self.kv_heads = 0
 
     @property
@@ -74,24 +77,28 @@ class NqkvLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             value_states: ``[batch, kv_heads, tokens, value_dim]``.
 
         Raises:
-            NotImplementedError: they are not in host memory.
+            NotImplementedError: a device that is neither the CPU nor CUDA.
+            RuntimeError: a CUDA driver that is too old.
         """
-        if key_states.device.type != "cpu":
-            raise NotImplementedError(
-                f"NqkvCache: expected a model on the CPU, got tensors on {key_states.device}; "
-                "CUDA kernels are not in this version"
-            )
         batch, self.kv_heads, _, key_dim = key_states.shape
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.cache = LayerCache(
-            self.scheme,
-            kv_heads=self.kv_heads,
-            key_dim=key_dim,
-            value_dim=value_states.shape[-1],
-            batch=batch,
-            exact_dtype=str(key_states.dtype).removeprefix("torch."),
-            allocate=self.allocate,
-        )
+        shape: dict[str, Any] = {
+            "kv_heads": self.kv_heads,
+            "key_dim": key_dim,
+            "value_dim": value_states.shape[-1],
+            "batch": batch,
+            "exact_dtype": str(key_states.dtype).removeprefix("torch."),
+        }
+        if self.device.type == "cpu":
+            self.cache = LayerCache(self.scheme, **shape, allocate=self.allocate)
+        elif self.device.type == "cuda":
+            from nqkv_rs.cuda_cache import CudaLayerCache
+
+            self.cache = CudaLayerCache(self.scheme, **shape, device=self.device)
+        else:
+            raise NotImplementedError(
+                f"NqkvCache: expected a model on the CPU or on CUDA, got tensors on {self.device}"
+            )
         self.is_initialized = True
 
     @staticmethod
@@ -193,7 +200,8 @@ class NqkvLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         assert self.cache is not None
         query = query.detach()
         b, heads, queries, _ = query.shape
-        out = torch.empty((b, queries, heads, self.cache.value_dim), dtype=query.dtype)
+        shape = (b, queries, heads, self.cache.value_dim)
+        out = torch.empty(shape, dtype=query.dtype, device=query.device)
         fresh = None if fresh_k is None or fresh_v is None else (fresh_k, fresh_v)
         if starts is not None and len(starts) != b:
             starts = starts * b
@@ -217,7 +225,10 @@ class NqkvLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def read(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Dequantized keys and values, ``[batch, kv_heads, tokens, dim]``, in the model's dtype."""
         assert self.cache is not None
-        core, tokens = self.cache.core, self.get_seq_length()
+        tokens = self.get_seq_length()
+        if not isinstance(self.cache, LayerCache):
+            return self.cache.read(0, tokens, self.dtype)
+        core = self.cache.core
         k = torch.empty((core.batch, self.kv_heads, tokens, self.cache.key_dim), dtype=self.dtype)
         v = torch.empty((core.batch, self.kv_heads, tokens, self.cache.value_dim), dtype=self.dtype)
         for b in range(core.batch):
@@ -260,7 +271,7 @@ class NqkvLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Make each sequence what the one at its index was. Pages are shared, not copied."""
         if self.cache is not None:
-            self.cache.core.select([int(i) for i in beam_idx])
+            self.cache.select(beam_idx.tolist())
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep these sequences (a boolean mask, or indices)."""
@@ -272,10 +283,10 @@ class NqkvLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Repeat every sequence. Pages are shared, not copied."""
         if self.cache is not None:
             batch = self.cache.core.batch
-            self.cache.core.select([i for i in range(batch) for _ in range(repeats)])
+            self.cache.select([i for i in range(batch) for _ in range(repeats)])
 
     def offload(self) -> None:
-        """Nothing to move: pages lie in host memory already, where offloading would put them."""
+        """Nothing to move: pages stay where the model's layer is."""
 
     def prefetch(self) -> None:
         """Nothing to move back; see :meth:`offload`."""

@@ -101,7 +101,13 @@ def save(path: str | os.PathLike[str], model: dict[str, Any] | None, layers: lis
     saved: list[Any] = []
     for i, layer in enumerate(layers):
         if isinstance(layer, NqkvLayer):
-            saved.append(None if layer.cache is None else layer.cache.core)
+            cache = layer.cache
+            if cache is not None and not isinstance(cache, LayerCache):
+                raise NotImplementedError(
+                    "save: expected a cache in host memory, got one on a CUDA device; saving those "
+                    "is not in this version"
+                )
+            saved.append(None if cache is None else cache.core)
         elif type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
             if layer.keys is None or layer.values is None or layer.get_seq_length() == 0:
                 saved.append(None)
