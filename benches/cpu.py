@@ -1,4 +1,4 @@
-"""Peers side by side on this CPU, in one run: quantize, dequantize, decode attention, append.
+"""Peers side by side on this CPU, in one run: codecs, decode attention, append, generation.
 
 Each row is the median of interleaved repetitions, ours and the peer's in turns, so that noise of
 the machine meets both. ``--json`` prints one object per row with the keys
@@ -111,6 +111,32 @@ def append(scheme: str, repeat: int) -> Iterator[dict[str, Any]]:
     yield row("append", f"{scheme} at 16384 tokens", long, f"{scheme} at 1024 tokens", short)
 
 
+def generate(scheme: str, tokens: int, steps: int) -> Iterator[dict[str, Any]]:
+    """Decode steps of SmolLM2 in fp32 after a long prompt, packed and dense in turns."""
+    from transformers import DynamicCache
+
+    from nqkv_rs.evaluation import long_text
+    from nqkv_rs.models import load
+
+    loaded = load("smollm2")
+    ids = loaded.tokenizer(long_text(), return_tensors="pt").input_ids[:, :tokens]
+    caches = [nqkv_rs.NqkvCache(loaded.model.config, scheme), DynamicCache()]
+    newest = []
+    for cache in caches:
+        logits = loaded.model(ids, past_key_values=cache, logits_to_keep=1).logits
+        newest.append(logits[:, -1:].argmax(-1))
+
+    def step(i: int) -> Callable[[], Any]:
+        def call() -> None:
+            out = loaded.model(newest[i], past_key_values=caches[i], logits_to_keep=1)
+            newest[i] = out.logits[:, -1:].argmax(-1)
+
+        return call
+
+    ours, dense = medians([step(0), step(1)], steps)
+    yield row("generate", f"{scheme} SmolLM2 {tokens}", ours, "DynamicCache fp32", dense)
+
+
 def main() -> None:
     """Run what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -118,6 +144,7 @@ def main() -> None:
     parser.add_argument("--scheme", action="append", help="for attention; default nqkv4 and nqkv")
     parser.add_argument("--tokens", type=int, default=16384, help="context of attention")
     parser.add_argument("--repeat", type=int, default=11)
+    parser.add_argument("--steps", type=int, default=48, help="of generation; 0 for none")
     options = parser.parse_args()
     schemes = options.scheme or ["nqkv4", "nqkv"]
     torch.set_grad_enabled(False)
@@ -127,6 +154,8 @@ def main() -> None:
             *attention(scheme, options.tokens, options.repeat),
             *append(scheme, options.repeat),
         ]
+    if options.steps:
+        rows += generate(schemes[0], 4096, options.steps)
     for r in rows:
         if options.json:
             print(json.dumps(r))
