@@ -21,15 +21,24 @@ from torch.nn import functional
 import nqkv_rs
 
 
-def medians(calls: list[Callable[[], Any]], repeat: int) -> list[float]:
-    """Median microseconds of each call; the calls take turns."""
+def medians(calls: list[Callable[[], Any]], repeat: int, warm: float = 0.03) -> list[float]:
+    """Median microseconds of each call; the calls take turns.
+
+    A turn begins with at least one call, and ``warm`` seconds of them, that do not count: threads
+    of the peer before still spin for a while, and run against whoever comes next.
+    """
     times: list[list[float]] = [[] for _ in calls]
-    for i in range(repeat + 2):
+    for i in range(repeat + 1):
         for call, seen in zip(calls, times, strict=True):
-            start = time.perf_counter()
+            begun = time.perf_counter()
             call()
-            if i >= 2:  # the first two warm up
-                seen.append(1e6 * (time.perf_counter() - start))
+            while time.perf_counter() - begun < warm:
+                call()
+            for _ in range(3):
+                start = time.perf_counter()
+                call()
+                if i >= 1:  # the first round warms up
+                    seen.append(1e6 * (time.perf_counter() - start))
     return [statistics.median(seen) for seen in times]
 
 
@@ -107,7 +116,7 @@ def append(scheme: str, repeat: int) -> Iterator[dict[str, Any]]:
         cache.append(x, x)
         caches.append(cache)
     one = torch.randn(1, 8, 1, 128)
-    short, long = medians([lambda c=c: c.append(one, one) for c in caches], 64 * repeat)
+    short, long = medians([lambda c=c: c.append(one, one) for c in caches], 64 * repeat, 0)
     yield row("append", f"{scheme} at 16384 tokens", long, f"{scheme} at 1024 tokens", short)
 
 
@@ -133,7 +142,7 @@ def generate(scheme: str, tokens: int, steps: int) -> Iterator[dict[str, Any]]:
 
         return call
 
-    ours, dense = medians([step(0), step(1)], steps)
+    ours, dense = medians([step(0), step(1)], steps // 4, 0)
     yield row("generate", f"{scheme} SmolLM2 {tokens}", ours, "DynamicCache fp32", dense)
 
 
@@ -143,7 +152,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object per row")
     parser.add_argument("--scheme", action="append", help="for attention; default nqkv4 and nqkv")
     parser.add_argument("--tokens", type=int, default=16384, help="context of attention")
-    parser.add_argument("--repeat", type=int, default=11)
+    parser.add_argument("--repeat", type=int, default=7)
     parser.add_argument("--steps", type=int, default=48, help="of generation; 0 for none")
     options = parser.parse_args()
     schemes = options.scheme or ["nqkv4", "nqkv"]

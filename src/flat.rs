@@ -9,12 +9,11 @@
 //! an unused last nibble that holds the code of 0. Its blocks ignore rows, so pass one row. One deviation: the scale of a
 //! short last block below 1e-38 (a block of zeros, say) is stored as it is and not as 1e-38; codes are the same.
 
-use rayon::prelude::*;
-
 use crate::codebook::Codebook;
 use crate::codec::{ScaleDtype, ScaleKind};
 use crate::error::{Error, Result};
 use crate::pack;
+use crate::parallel;
 use crate::tensor::Dtype;
 
 use piece::{Piece, Plan};
@@ -192,7 +191,7 @@ fn quantize_with(
         (x, codes, fields) = (rest, codes_rest, fields_rest);
     }
     let plan = Plan::new(spec, dtype, n, simd);
-    let done = pieces.into_par_iter().try_for_each_init(Vec::new, |wide, piece| plan.quantize_piece(piece, wide));
+    let done = parallel::each(pieces, Vec::new, |wide, piece| plan.quantize_piece(piece, wide));
     // Pieces end in any order: the number that is named is the first.
     done.map_err(|e| first_unfit(all, dtype, spec.kind).unwrap_or(e))
 }
@@ -242,5 +241,5 @@ fn dequantize_with(
         (out, codes, fields) = (rest, codes_rest, fields_rest);
     }
     let plan = Plan::new(spec, dtype, n, simd);
-    pieces.into_par_iter().try_for_each_init(Vec::new, |wide, piece| plan.dequantize_piece(piece, wide))
+    parallel::each(pieces, Vec::new, |wide, piece| plan.dequantize_piece(piece, wide))
 }

@@ -15,6 +15,7 @@ pub mod file;
 pub mod flat;
 pub mod pack;
 pub mod page;
+mod parallel;
 pub mod scheme;
 pub mod seal;
 pub mod tensor;

@@ -4,8 +4,6 @@ use std::cell::RefCell;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use rayon::prelude::*;
-
 use super::math::{Product, Simd, exp, exp_sum, max, soft_cap};
 use super::tile::{self, Scratch, Tables};
 use super::{Plan, Source, Tile};
@@ -15,6 +13,7 @@ use super::{
     lanes::{Books, Half, Lanes, token_of_place},
 };
 use crate::page::{PAGE_TOKENS, Side};
+use crate::parallel;
 use crate::tensor::Dtype;
 
 /// Up to this many query columns per KV head, runs are long, and codes at 4 bits are read in place.
@@ -117,8 +116,7 @@ pub(super) fn attend(plan: &Plan, simd: Simd, out: &mut [f32], mut lse: Option<&
     }
     let one = |task: &Task| ROOM.with_borrow_mut(|room| kernel.task(task, room));
     let work = tasks.iter().map(|t| t.tiles.len()).sum::<usize>() * all.div_ceil(4);
-    let mut done: Vec<Partial> =
-        if work <= ALONE { tasks.iter().map(one).collect() } else { tasks.par_iter().map(one).collect() };
+    let mut done: Vec<Partial> = if work <= ALONE { tasks.iter().map(one).collect() } else { parallel::map(&tasks, one) };
     let stored = codec.value.layout.stored;
     let mut next = 0;
     for (u, unit) in kernel.units.iter().enumerate() {

@@ -1,8 +1,7 @@
 //! The oracle: one token after the other, everything in f64, online softmax.
 
-use rayon::prelude::*;
-
 use super::{Plan, Source, Tile};
+use crate::parallel;
 use crate::tensor::{Dtype, View};
 
 /// Result of one query column.
@@ -15,7 +14,7 @@ struct Column {
 
 pub(super) fn attend(plan: &Plan, out: &mut [f64], mut lse: Option<&mut [f64]>) {
     let pairs: Vec<(usize, usize)> = (0..plan.batch).flat_map(|b| (0..plan.heads).map(move |h| (b, h))).collect();
-    let done: Vec<Vec<Column>> = pairs.par_iter().map(|&(b, h)| head(plan, b, h)).collect();
+    let done: Vec<Vec<Column>> = parallel::map(&pairs, |&(b, h)| head(plan, b, h));
     for (&(b, h), columns) in pairs.iter().zip(&done) {
         for (c, column) in columns.iter().enumerate() {
             let row = plan.row(b, c / plan.group, h * plan.group + c % plan.group);

@@ -2,13 +2,12 @@
 
 use std::sync::Arc;
 
-use rayon::prelude::*;
-
 use super::LayerCache;
 use super::parts::{Exact, Page, Sequence};
 use super::pool::Row;
 use crate::error::{Error, Result};
 use crate::page::PAGE_TOKENS;
+use crate::parallel;
 use crate::seal::PageCodec;
 use crate::tensor::{Dtype, View};
 
@@ -78,11 +77,7 @@ impl LayerCache {
             let row = unsafe { std::slice::from_raw_parts_mut(job.row.0, codec.row_bytes()) };
             job.run(codec, row, exact, k, v);
         };
-        if jobs.len() > 1 {
-            jobs.par_iter().for_each(run)
-        } else {
-            jobs.iter().for_each(run)
-        }
+        parallel::map(&jobs, run);
         Ok(())
     }
 
