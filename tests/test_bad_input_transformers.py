@@ -124,7 +124,7 @@ CALLS: list[Row] = [
     ("tokens", lambda c: c.update(K, K[:, :, :1], 0), ValueError, r"v: .*got \[1, 2, 1, 16\]"),
     ("meta", lambda c: c.update(K.to("meta"), K, 0), TypeError, r"k: .*host memory.*meta"),
     ("keys", lambda c: setattr(c.layers[0], "keys", K), AttributeError, r"keys: .*update\(\)"),
-    ("crop far", lambda c: c.crop(-91), ValueError, r"at most 90 .*got 91"),
+    ("crop far", lambda c: c.crop(-91), ValueError, r"at least -90, got -91"),
     (
         "reorder",
         lambda c: c.reorder_cache(torch.tensor([1])),
@@ -168,3 +168,31 @@ def test_files_and_options_of_load(tmp_path: Path) -> None:
     in_bytes = str(path).encode()
     assert cache.save(in_bytes) == path.stat().st_size
     assert NqkvCache.load(in_bytes, CONFIG).get_seq_length() == 90
+
+
+OPERATIONS: list[tuple[str, Any, type[Exception], str]] = [
+    ("config None", lambda c: NqkvCache(None), TypeError, r"config: expected a model's config"),
+    ("config int", lambda c: NqkvCache.load("x", 3), TypeError, r"config: expected a model's"),
+    ("strict", lambda c: NqkvCache(tiny.CONFIGS["llama"](), strict="no"), TypeError, r"strict: "),
+    ("reorder -1", lambda c: c.reorder_cache(torch.tensor([-1])), ValueError, r"beam_idx: .*-1"),
+    ("reorder 9", lambda c: c.reorder_cache(torch.tensor([9])), ValueError, r"beam_idx: .*got 9"),
+    ("reorder floats", lambda c: c.reorder_cache(torch.tensor([0.5])), TypeError, r"beam_idx: "),
+    ("reorder 2-D", lambda c: c.reorder_cache(torch.tensor([[0]])), TypeError, r"beam_idx: "),
+    ("mask", lambda c: c.batch_select_indices(torch.tensor([True] * 3)), ValueError, r"mask"),
+    ("repeat -1", lambda c: c.batch_repeat_interleave(-1), ValueError, r"repeats: .*-1"),
+    ("crop text", lambda c: c.crop("1"), TypeError, r"."),
+    ("crop far", lambda c: c.layers[0].crop(-(2**70)), ValueError, r"tokens_to_remove: "),
+]
+
+
+@pytest.mark.parametrize(("name", "call", "kind", "message"), OPERATIONS, ids=lambda x: str(x)[:20])
+def test_operations_are_refused_by_name(
+    name: str, call: Any, kind: type[Exception], message: str
+) -> None:
+    cache = NqkvCache(tiny.CONFIGS["llama"](), tiny.SHORT)
+    k = torch.randn(2, 2, 90, 16)
+    cache.update(k, k, 0)
+    before = [x.clone() for x in cache.layers[0].read()]
+    with pytest.raises(kind, match=message):
+        call(cache)
+    assert all(torch.equal(x, y) for x, y in zip(before, cache.layers[0].read(), strict=True))

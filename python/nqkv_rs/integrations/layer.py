@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from nqkv_rs._arguments import whole, wholes
 from nqkv_rs.cache import LayerCache
 from nqkv_rs.integrations.packed import PackedKV
 from nqkv_rs.integrations.shared import Shared
@@ -265,22 +266,30 @@ class NqkvLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """
         if self.cache is None:
             return
-        n = tokens_to_remove
-        self.cache.core.remove_newest(-n if n <= 0 else max(self.get_seq_length() - n, 0))
+        held = self.get_seq_length()
+        n = whole("tokens_to_remove", tokens_to_remove, -held)
+        self.cache.core.remove_newest(-n if n <= 0 else max(held - n, 0))
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Make each sequence what the one at its index was. Pages are shared, not copied."""
         if self.cache is not None:
-            self.cache.select(beam_idx.tolist())
+            most = self.cache.core.batch - 1
+            self.cache.select(wholes("beam_idx", torch.as_tensor(beam_idx).tolist(), 0, most))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep these sequences (a boolean mask, or indices)."""
+        indices = torch.as_tensor(indices)
         if indices.dtype == torch.bool:
+            batch = 0 if self.cache is None else self.cache.core.batch
+            if self.cache is not None and indices.shape != (batch,):
+                got = list(indices.shape)
+                raise ValueError(f"indices: expected a mask of shape [{batch}], got {got}")
             indices = indices.nonzero().flatten()
         self.reorder_cache(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence. Pages are shared, not copied."""
+        repeats = whole("repeats", repeats, 0)
         if self.cache is not None:
             batch = self.cache.core.batch
             self.cache.select([i for i in range(batch) for _ in range(repeats)])

@@ -81,6 +81,8 @@ class NqkvCache(Cache):
         """Put packed layers in the place of the library's attention layers."""
         if prefill not in ("exact", "quantized"):
             raise ValueError(f"prefill: expected 'exact' or 'quantized', got {prefill!r}")
+        if not isinstance(strict, bool):
+            raise TypeError(f"strict: expected True or False, got {strict!r}")
         self.scheme = scheme
         self._shared = Shared(prefill, strict)
         count = len(layers)
@@ -273,6 +275,8 @@ def _growing() -> Any:
 
 def _library_layers(config: Any) -> list[Any]:
     """The library's own empty layers, by its own rules."""
+    if not callable(getattr(config, "get_text_config", None)):
+        raise TypeError(f"config: expected a model's config, got {type(config).__name__}")
     _refuse(config)
     text = config.get_text_config(decoder=True)
     layers = list(DynamicCache(config=text).layers)
