@@ -1,0 +1,106 @@
+"""Models on a CUDA device generate the tokens that they generate on the CPU, from the same pages."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+
+import nqkv_rs
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+import tiny  # noqa: E402
+
+from nqkv_rs import NqkvCache  # noqa: E402
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not nqkv_rs.cuda_is_available(), reason="needs a CUDA device"),
+]
+
+
+def prompt(tokens: int, batch: int = 1) -> Any:
+    return torch.randint(2, 97, (batch, tokens), generator=torch.Generator().manual_seed(5))
+
+
+def both(name: str, ids: Any, scheme: Any = tiny.SHORT, **words: Any) -> NqkvCache:
+    """Generate on either side; the tokens must be equal. Returns the cache on the device."""
+    made = []
+    for device in ("cpu", "cuda"):
+        model = tiny.model(name).to(device)
+        cache = NqkvCache(model.config, scheme)
+        inputs = {k: v.to(device) for k, v in words.items() if isinstance(v, torch.Tensor)}
+        plain = {k: v for k, v in words.items() if k not in inputs}
+        torch.manual_seed(1)
+        out = model.generate(
+            ids.to(device), past_key_values=cache, max_new_tokens=24, **inputs, **plain
+        )
+        made.append((out.cpu().tolist(), cache))
+    assert made[0][0] == made[1][0]
+    assert made[0][1].stats() == made[1][1].stats()
+    return made[1][1]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma3", "mistral", "opt", "neox"])
+def test_greedy(name: str) -> None:
+    cache = both(name, prompt(150), do_sample=False)
+    assert cache.stats()["dequantized"] == 0
+    assert cache.memory_usage()["total"] > 0
+
+
+@pytest.mark.parametrize("scheme", ["nqkv", "kivi2"])
+def test_schemes(scheme: str) -> None:
+    both("llama", prompt(300), scheme, do_sample=False)
+
+
+def test_beams_share_pages() -> None:
+    both("llama", prompt(140), do_sample=False, num_beams=3)
+
+
+def test_left_padding() -> None:
+    ids = prompt(130, batch=3)
+    mask = torch.ones_like(ids)
+    mask[1, :40] = 0
+    mask[2, :100] = 0
+    ids = ids * mask
+    both("llama", ids, do_sample=False, attention_mask=mask)
+
+
+def test_chunks_crops_and_copies() -> None:
+    ids = prompt(200)
+    found = []
+    for device in ("cpu", "cuda"):
+        model = tiny.model("llama").to(device)
+        cache = NqkvCache(model.config, tiny.SHORT, prefill="quantized")
+        with torch.no_grad():
+            for chunk in ids.to(device).split(33, dim=1):
+                logits = model(chunk, past_key_values=cache).logits
+            branch = copy.deepcopy(cache)
+            cache.crop(-70)
+            after = model(ids[:, 130:].to(device), past_key_values=cache).logits
+            again = model(ids[:, :5].to(device), past_key_values=branch).logits
+        dense = branch.to_dense()
+        keys = dense.layers[0].keys.cpu()
+        found.append([x.cpu() for x in (logits, after, again)] + [keys])
+    for x, y in zip(*found, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-6)
+
+
+def test_a_dense_cache_is_packed_there() -> None:
+    from transformers import DynamicCache
+
+    model = tiny.model("llama").to("cuda")
+    ids = prompt(120).to("cuda")
+    dense = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids, past_key_values=dense)
+        packed = NqkvCache.from_cache(dense, tiny.SHORT, config=model.config)
+        other = NqkvCache(model.config, tiny.SHORT)
+        model(ids, past_key_values=other)
+    for (k, v, _), (k2, v2, _) in zip(packed, other, strict=True):
+        assert torch.equal(k, k2) and torch.equal(v, v2)
+    with pytest.raises(NotImplementedError, match="save: expected a cache in host memory"):
+        packed.save("never")
