@@ -1,4 +1,4 @@
-"""Models on a CUDA device generate the tokens that they generate on the CPU, from the same pages."""
+"""Models on a CUDA device give the tokens that they give on the CPU, from the same pages."""
 
 from __future__ import annotations
 
