@@ -118,6 +118,24 @@ def _empty(like: Any, shape: tuple[int, ...], dtype: str) -> Any:
     return np.empty(shape, dtype=dtype)
 
 
+def quantized_shapes(
+    shape: tuple[int, ...], codebook: str, block: int, scale: str, scale_dtype: str, flat: bool
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of the codes and fields of a tensor.
+
+    Args:
+        shape: of the tensor.
+        codebook: its name, or its levels in JSON.
+        block: elements that share a scale.
+        scale: what a block stores.
+        scale_dtype: how it is stored.
+        flat: blocks run across rows.
+    """
+    codes, fields = _core.quantized_sizes(shape, codebook, block, scale, scale_dtype, flat)
+    count, size = _FIELDS[scale], _BYTES[scale_dtype]
+    return (codes,), (fields // (count * size), count, size)
+
+
 def _contiguous(x: Any) -> bool:
     return not _is_torch(x) or bool(x.is_contiguous())
 
@@ -168,15 +186,14 @@ def quantize(
     shape = dimensions("x", x)
     name = _name(codebook)
     block = whole("block", block, 16, 512)
-    count = _FIELDS[word("scale", scale, list(_FIELDS))]
-    size = _BYTES[word("scale_dtype", scale_dtype, list(_BYTES))]
+    word("scale", scale, list(_FIELDS))
+    word("scale_dtype", scale_dtype, list(_BYTES))
     if not isinstance(flat, bool):
         raise TypeError(f"flat: expected True or False, got {flat!r}")
     if not isinstance(order, str):
         raise TypeError(f"order: expected 'low' or 'high', got {order!r}")
-    codes_bytes, fields_bytes = _core.quantized_sizes(shape, name, block, scale, scale_dtype, flat)
-    codes = _empty(x, (codes_bytes,), "uint8")
-    fields = _empty(x, (fields_bytes // (count * size), count, size), "uint8")
+    shapes = quantized_shapes(shape, name, block, scale, scale_dtype, flat)
+    codes, fields = (_empty(x, s, "uint8") for s in shapes)
     words = (name, block, scale, scale_dtype, flat, order)
     if _cuda.on_device(x):
         x = x if _contiguous(x) else x.contiguous()
