@@ -18,7 +18,7 @@ __all__ = ["dequantize", "quantize"]
 
 _WORDS = "str codebook, int block, str scale, str scale_dtype, bool flat, str order"
 # The operators end with this object.
-_LIBRARY: Any = torch.library.Library("nqkv", "DEF")
+_LIBRARY: Any = torch.library.Library("nqkv", "DEF")  # type: ignore[no-untyped-call]
 _LIBRARY.define(f"quantize_into(Tensor x, Tensor(a!) codes, Tensor(b!) fields, {_WORDS}) -> ()")
 _LIBRARY.define(f"dequantize_into(Tensor codes, Tensor fields, Tensor(a!) out, {_WORDS}) -> ()")
 _LIBRARY.define(f"quantize(Tensor x, {_WORDS}) -> (Tensor, Tensor)")
@@ -73,7 +73,7 @@ def _fake_dequantize(codes: Any, fields: Any, shape: Any, dtype: Any, *words: An
 
 
 # What they return, without running them.
-_FAKES = {
+_FAKES: dict[str, Any] = {
     "quantize_into": _nothing,
     "dequantize_into": _nothing,
     "quantize": _empty,
