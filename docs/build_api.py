@@ -134,12 +134,17 @@ def entry(name: str, obj: Any) -> list[str]:
 def build() -> str:
     """The whole page."""
     import nqkv_rs
+    from nqkv_rs import cuda_cache, evaluation, ops
 
-    names = [name for name in nqkv_rs.__all__ if not name.startswith("__")]
+    # What is imported from the package, then what its modules have.
+    public = {n: getattr(nqkv_rs, n) for n in nqkv_rs.__all__ if not n.startswith("__")}
+    for module in (cuda_cache, ops, evaluation):
+        prefix = module.__name__.removeprefix("nqkv_rs.")
+        public |= {f"{prefix}.{n}": getattr(module, n) for n in module.__all__}
     lines = [HEAD, doc("nqkv_rs", nqkv_rs), ""]
-    lines += [f"- [`{name}`](#{name.lower()})" for name in names] + [""]
-    for name in names:
-        lines += entry(name, getattr(nqkv_rs, name))
+    lines += [f"- [`{n}`](#{n.lower().replace('.', '')})" for n in public] + [""]
+    for name, value in public.items():
+        lines += entry(name, value)
     return "\n".join(line.rstrip() for line in "\n".join(lines).splitlines()).rstrip() + "\n"
 
 
