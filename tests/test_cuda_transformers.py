@@ -86,7 +86,7 @@ def test_chunks_crops_and_copies() -> None:
         keys = dense.layers[0].keys.cpu()
         found.append([x.cpu() for x in (logits, after, again)] + [keys])
     for x, y in zip(*found, strict=True):
-        torch.testing.assert_close(x, y, rtol=0, atol=1e-6)
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-4)
 
 
 def test_a_dense_cache_is_packed_there() -> None:
