@@ -25,7 +25,7 @@ const UNIT_COLUMNS: usize = 256;
 /// Tiles (times four columns) that are read sooner than another thread wakes up.
 const ALONE: usize = 32;
 /// Tasks of a unit: few columns, many columns, whose results are large.
-const UNIT_TASKS: [usize; 2] = [8, 2];
+const UNIT_TASKS: [usize; 2] = [16, 2];
 
 /// What a run gives for each of its columns.
 #[derive(Default)]
