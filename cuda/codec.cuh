@@ -94,6 +94,53 @@ DEVICE uint32_t count_below(float v, const float* thresholds, int levels) {
   return low;
 }
 
+// Codes of at most 16 levels by a table of cells in shared memory, one copy for each lane, so that no two lanes meet in a bank:
+// a cell holds at most one threshold, and how many lie below the cell. src/cuda/codec.rs says which codebooks have one.
+constexpr int CELLS = 64;
+
+// The table's threshold and count, a copy for each lane. Four threads for a cell, each in turn at banks that no other one of
+// its warp is at.
+DEVICE void fill_cells(float2* table, const float* thresholds, int levels, float scale, float offset) {
+#pragma unroll 1
+  for (int e = threadIdx.x; e < CELLS * 4; e += blockDim.x) {
+    const int cell = e / 4;
+    // Cell c holds v whose clamp(v * scale + offset) is nearest to c of 63; a hair more, since that is rounded.
+    const float low = ((float(cell) - 0.5f) / (CELLS - 1) - 1e-4f - offset) / scale;
+    uint32_t below = 0;
+#pragma unroll 1
+    for (int i = 0; i < levels - 1; i++) below += cell > 0 && thresholds[i] < low;
+    const float t = below < uint32_t(levels - 1) ? thresholds[below] : INFINITY;
+#pragma unroll 1
+    for (int i = 0; i < 8; i++) table[cell * 32 + (i + cell) % 8 * 4 + e % 4] = make_float2(t, __uint_as_float(below));
+  }
+}
+
+// Address of this lane's cell 0, less what the magic number below adds.
+DEVICE uint32_t cells_of_lane(const float2* table) {
+  return uint32_t(__cvta_generic_to_shared(table + (threadIdx.x & 31))) - 0x4b000000u * 256;
+}
+
+// Shifts the code of u = x / scale into the low nibble of a word; `cell_scale` is the table's over the scale.
+DEVICE void push_code(uint32_t& word, uint32_t cells, float u, float x, float cell_scale, float cell_offset) {
+  // 2^23 is the magic number: the low bits of the sum are the cell, rounded. One multiplication makes them an address.
+  const float y = __saturatef(__fmaf_rn(x, cell_scale, cell_offset));
+  const uint32_t cell = __float_as_uint(__fmaf_rn(y, float(CELLS - 1), 8388608.f)) * 256 + cells;
+  float threshold;
+  uint32_t below;
+  asm("ld.shared.v2.b32 {%0, %1}, [%2];" : "=f"(threshold), "=r"(below) : "r"(cell));
+  word = word * 16 + below;
+  asm("{.reg .pred p; setp.gt.f32 p, %1, %2; @p add.u32 %0, %0, 1;}" : "+r"(word) : "f"(u), "f"(threshold));
+}
+
+// One of the two 16-bit numbers of a word.
+template <class T> DEVICE float number_in(uint32_t word, int high);
+template <> DEVICE float number_in<__nv_bfloat16>(uint32_t word, int high) {
+  return __uint_as_float(high ? word & 0xffff0000 : word << 16);
+}
+template <> DEVICE float number_in<__half>(uint32_t word, int high) {
+  return __half2float(__ushort_as_half(uint16_t(high ? word >> 16 : word)));
+}
+
 constexpr int MAX_BLOCK = 512;
 
 // Fields of n numbers by one warp, in the order of src/codec.rs. `v` and `w` hold MAX_BLOCK numbers each.

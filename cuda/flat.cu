@@ -3,8 +3,7 @@
 // isa: 8.0
 //
 // Fast: 4-bit codes of whole blocks of 16 to 256 elements (a power of two), a lane for eight elements. Codes are chosen by a
-// table of cells in shared memory, one copy for each lane, so that no two lanes meet in a bank: a cell holds at most one
-// threshold, and how many lie below the cell. Any: every other spec, in two passes (fields, then codes).
+// table of cells. Any: every other spec, in two passes (fields, then codes).
 #include "codec.cuh"
 
 struct FlatArguments {
@@ -23,8 +22,6 @@ static_assert(sizeof(FlatArguments) == 104 + 2048, "as in src/cuda/flat.rs");
 
 namespace {
 
-constexpr int CELLS = 64;
-
 // Eight elements as they lie in memory, and as numbers.
 template <class T> struct Eight {
   uint4 w[sizeof(T) / 2];
@@ -37,16 +34,10 @@ template <class T> struct Eight {
     const uint32_t words[8] = {w[0].x, w[0].y, w[0].z, w[0].w, w[sizeof(T) / 4].x, w[sizeof(T) / 4].y, w[sizeof(T) / 4].z, w[sizeof(T) / 4].w};
 #pragma unroll
     for (int j = 0; j < 8; j++) {
-      v[j] = number(words[sizeof(T) == 4 ? j : j / 2], j % 2, T());
+      if constexpr (sizeof(T) == 4) v[j] = __uint_as_float(words[j]);
+      else v[j] = number_in<T>(words[j / 2], j % 2);
     }
   }
-  static DEVICE float number(uint32_t word, int high, __nv_bfloat16) {
-    return __uint_as_float(high ? word & 0xffff0000 : word << 16);
-  }
-  static DEVICE float number(uint32_t word, int high, __half) {
-    return __half2float(__ushort_as_half(uint16_t(high ? word >> 16 : word)));
-  }
-  static DEVICE float number(uint32_t word, int, float) { return __uint_as_float(word); }
 };
 
 DEVICE void report(unsigned long long* bad, unsigned long long index) {
@@ -125,19 +116,6 @@ DEVICE Fields block_fields(const float (&v)[8], int lanes, int kind, int dtype) 
   return {round_field(top, dtype), 0.f};
 }
 
-// The table of cells: threshold and count, a copy for each lane.
-DEVICE void fill_cells(float2* table, const FlatArguments& a) {
-  for (int e = threadIdx.x; e < CELLS * 32; e += blockDim.x) {
-    const int cell = e / 32;
-    // Cell c holds v whose clamp(v * scale + offset) is nearest to c of 63; a hair more, since that is rounded.
-    const float low = ((float(cell) - 0.5f) / (CELLS - 1) - 1e-4f - a.cell_offset) / a.cell_scale;
-    uint32_t below = 0;
-    for (int i = 0; i < a.levels - 1; i++) below += cell > 0 && a.threshold[i] < low;
-    const float t = below < uint32_t(a.levels - 1) ? a.threshold[below] : INFINITY;
-    table[e] = make_float2(t, __uint_as_float(below));
-  }
-}
-
 // The larger magnitude; a NaN stays one.
 DEVICE float larger_or_nan(float x, float y) {
   float z;
@@ -162,15 +140,8 @@ DEVICE void quantize_eight(const FlatArguments& a, uint32_t cells, const float (
   uint32_t word = 0;
 #pragma unroll
   for (int j = 7; j >= 0; j--) {
-    const float x = PLAIN ? v[j] : v[j] - f.zero, u = x * r;
-    // 2^23 is the magic number: the low bits of the sum are the cell, rounded. One multiplication makes them an address.
-    const float y = __saturatef(__fmaf_rn(x, cell_scale, a.cell_offset));
-    const uint32_t cell = __float_as_uint(__fmaf_rn(y, float(CELLS - 1), 8388608.f)) * 256 + cells;
-    float threshold;
-    uint32_t below;
-    asm("ld.shared.v2.b32 {%0, %1}, [%2];" : "=f"(threshold), "=r"(below) : "r"(cell));
-    word = word * 16 + below;
-    asm("{.reg .pred p; setp.gt.f32 p, %1, %2; @p add.u32 %0, %0, 1;}" : "+r"(word) : "f"(u), "f"(threshold));
+    const float x = PLAIN ? v[j] : v[j] - f.zero;
+    push_code(word, cells, x * r, x, cell_scale, a.cell_offset);
   }
   if (a.high_first) word = (word & 0x0f0f0f0f) << 4 | (word >> 4 & 0x0f0f0f0f);
   if (!write) return;
@@ -189,11 +160,10 @@ DEVICE void quantize_eight(const FlatArguments& a, uint32_t cells, const float (
 // PLAIN: absmax in fp32 over blocks of 64, what most tensors are quantized with; otherwise any kind, dtype and block.
 template <class T, bool PLAIN> DEVICE void quantize_fast(const FlatArguments& a) {
   __shared__ float2 table[CELLS * 32];
-  fill_cells(table, a);
+  fill_cells(table, a.threshold, a.levels, a.cell_scale, a.cell_offset);
   __syncthreads();
   const int lane = threadIdx.x & 31, lanes = PLAIN ? 8 : a.block / 8;
-  // Address of cell 0, less what the magic number adds.
-  const uint32_t cells = uint32_t(__cvta_generic_to_shared(table + lane)) - 0x4b000000u * 256;
+  const uint32_t cells = cells_of_lane(table);
   const T* x = (const T*)a.x;
   const long long eights = a.first / 8, stride = (long long)gridDim.x * blockDim.x;
   constexpr int AHEAD = !PLAIN ? 1 : sizeof(T) == 2 ? 4 : 2;

@@ -243,27 +243,33 @@ DEVICE void settle_exact(const CacheArguments& a, const Counts& n, const Stream&
 
 // Table and counts of a sequence, by the last of its heads to arrive: every other one has read them.
 DEVICE void settle_counts(const CacheArguments& a, const Counts& n, const Stream& stream, int due, int b) {
+  __shared__ bool last;
   __syncthreads();
-  if (threadIdx.x != 0) return;
-  __threadfence();
-  if (atomicAdd(a.arrived + b, 1) != int(gridDim.x) - 1) return;
-  a.arrived[b] = 0;
-  unsigned long long* table = a.table + b * a.capacity;
-  Counts next = {n.sinks + stream.skip, n.pages + due, stream.length(a) - due * PAGE_TOKENS, n.open};
-#pragma unroll 1
-  for (int i = 0; i < due; i++) table[n.pages + i] = (table[n.pages + i] & ADDRESS) | (unsigned long long)PAGE_TOKENS << 56;
-  if (a.codec->single_slots) {
-    next.tail = 0;
-    const int incoming = a.tokens - stream.skip;
-    for (int i = 0; i < incoming;) {
-      int page, slot;
-      single_slot(table, next, 0, page, slot);
-      const int count = min(PAGE_TOKENS - slot, incoming - i);
-      table[page] = (table[page] & ADDRESS) | (unsigned long long)(slot + count) << 56;
-      next.pages = page + 1, next.open = 1;
-      i += count;
-    }
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicAdd(a.arrived + b, 1) == int(gridDim.x) - 1;
   }
+  __syncthreads();
+  if (!last) return;
+  unsigned long long* table = a.table + b * a.capacity;
+  // A thread for each page: a prompt has hundreds, and each is a trip to memory.
+#pragma unroll 1
+  for (int i = threadIdx.x; i < due; i += blockDim.x) table[n.pages + i] = (table[n.pages + i] & ADDRESS) | (unsigned long long)PAGE_TOKENS << 56;
+  Counts next = {n.sinks + stream.skip, n.pages + due, stream.length(a) - due * PAGE_TOKENS, n.open};
+  if (a.codec->single_slots) {
+    const int incoming = a.tokens - stream.skip;
+    int page, slot;
+    single_slot(table, n, 0, page, slot);
+    __syncthreads();  // before the count of the open page changes
+    const int end = slot + incoming, touched = incoming > 0 ? (end + PAGE_TOKENS - 1) / PAGE_TOKENS : 0;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < touched; i += blockDim.x)
+      table[page + i] = (table[page + i] & ADDRESS) | (unsigned long long)min(PAGE_TOKENS, end - i * PAGE_TOKENS) << 56;
+    next.tail = 0;
+    if (touched > 0) next.pages = page + touched, next.open = 1;
+  }
+  if (threadIdx.x != 0) return;
+  a.arrived[b] = 0;
   a.counts[b] = next;
 }
 

@@ -9,6 +9,7 @@ mod codec;
 mod driver;
 pub mod flat;
 mod kernels;
+mod seal;
 
 pub use self::cache::{DeviceCache, DeviceView, Room, Sizes};
 pub use self::codec::codec_bytes;

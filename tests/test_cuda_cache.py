@@ -118,14 +118,70 @@ def test_dtypes(scheme: str, dtype: str, exact: str) -> None:
     pair.check()
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("scheme", nqkv_rs.presets())
+def test_long_prompts(scheme: str, dim: int, dtype: str) -> None:
+    """Enough tokens for the fast ways, from every layout; float32 takes the general one."""
+    pair = Pair(scheme, heads=3, dims=(dim, dim), batch=3, exact=dtype)
+    for i, n in enumerate([17, 700, 64, 63, 1, 129, 95]):
+        k, v = pair.tokens(n, dtype)
+        pair.host.append(k, v)
+        k, v = k.cuda(), v.cuda()
+        if i % 3 == 1:  # [batch, tokens, heads, dim]
+            k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v))
+        elif i % 3 == 2:  # rows that are not aligned to 16 bytes
+            k, v = (torch.nn.functional.pad(x, (0, 3))[..., :dim] for x in (k, v))
+        pair.device.append(k, v)
+        pair.check()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("scheme", ["nqkv4", "nqkv", "kivi4"])
+def test_any_range_is_read(scheme: str, dtype: Any) -> None:
+    pair = Pair(scheme, heads=2, dims=(80, 128), batch=3)
+    pair.append(500)
+    for lengths in [[500, 500, 500], [500, 300, 2], [499, 130, 0]]:
+        for cache in (pair.host, pair.device):
+            cache.crop(lengths)
+        whole = pair.device.read(0, 500)
+        pair.check()
+        for start, n in [
+            (0, 1),
+            (3, 2),
+            (4, 64),
+            (60, 200),
+            (67, 1),
+            (431, 69),
+            (490, 30),
+            (0, 500),
+        ]:
+            got = pair.device.read(start, n, dtype)
+            for mine, all_ in zip(got, whole, strict=True):
+                part = all_[:, :, start : start + n].to(dtype)
+                assert torch.equal(mine[:, :, : part.shape[2]], part)
+                assert not mine[:, :, part.shape[2] :].any()
+
+
 SIDES = [
+    ("key", {"scale": "absmax"}),
+    ("key", {"scale": "minmax", "scale_dtype": "fp32"}),
+    ("key", {"scale": "signed_absmax", "block": 32}),
+    ("key", {"scale": "rms"}),
+    ("key", {"codebook": "int4", "block": 16}),
+    ("key", {"axis": "channel", "block": 32, "scale": "signed_absmax"}),
+    ("key", {"axis": "channel", "block": 64, "span": "heads", "scale": "minmax"}),
+    ("value", {"block": 16}),
+    ("value", {"block": 512, "scale": "minmax", "scale_dtype": "bf16"}),
+    ("value", {"block": 256, "span": "heads", "scale": "signed_absmax"}),
+    ("value", {"codebook": "e2m1", "block": 48, "scale": "signed_absmax"}),
     ("key", {"codebook": "nf2"}),
     ("key", {"codebook": "nf3", "block": 32}),
     ("key", {"codebook": "nf5", "block": 16}),
     ("key", {"codebook": "int6", "scale": "minmax"}),
     ("key", {"codebook": "int8", "scale": "absmax", "scale_dtype": "fp32"}),
     ("key", {"widths": [8, 6, 4, 2]}),
-    ("key", {"widths": [5, 3, 1, 0]}),
+    ("key", {"codebook": "lloyd4", "widths": [5, 3, 1, 0]}),
     ("key", {"scale": "signed_absmax", "scale_dtype": "e4m3"}),
     ("key", {"axis": "channel", "block": 48, "scale": "rms", "scale_dtype": "bf16"}),
     ("key", {"axis": "channel", "block": 128, "span": "heads", "scale": "minmax"}),
@@ -145,10 +201,11 @@ def test_every_codec(side: str, words: dict[str, Any]) -> None:
 
         base = json.loads(Scheme.of("nqkv4").to_json())
     base[side].update(words)
-    pair = Pair(base)
-    for n in [100, 1, 70]:
-        pair.append(n)
-    pair.check()
+    for exact in ("bfloat16", "float16", "float32"):
+        pair = Pair(base, exact=exact)
+        for n in [100, 1, 70, 17]:
+            pair.append(n, exact)
+        pair.check()
 
 
 @pytest.mark.parametrize("scheme", ["nqkv4", "nqkv", "kivi2"])

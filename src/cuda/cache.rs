@@ -13,6 +13,7 @@ use cudarc::driver::result;
 use super::codec::dtype_number;
 use super::driver::{Device, Stream, device, error};
 use super::kernels::Kernel;
+use super::seal::Pages;
 use crate::cache::parts::Page;
 use crate::cache::pool::{Extent, Row};
 use crate::cache::{Keep, Memory, PageEntry};
@@ -454,13 +455,20 @@ impl DeviceCache {
         let argument: *mut c_void = (&raw mut a).cast();
         // Grids do not depend on counts, so that a CUDA graph may hold them.
         if a.with_pages == 0 {
-            // One page more than whole ones: the tail may be full, or a page open.
-            let pages = tokens.div_ceil(PAGE_TOKENS) + 1;
-            self.launch(Kernel::PagesSeal, (pages, self.codec.heads, 2 * self.batch()), 256, stream, argument)?;
+            // SAFETY: the caller's promise.
+            if !unsafe { self.as_pages(&room).seal(k, v, stream)? } {
+                // One page more than whole ones: the tail may be full, or a page open.
+                let pages = tokens.div_ceil(PAGE_TOKENS) + 1;
+                self.launch(Kernel::PagesSeal, (pages, self.codec.heads, 2 * self.batch()), 256, stream, argument)?;
+            }
         }
         self.launch(Kernel::PagesAppend, (self.codec.heads, self.batch(), 1), 256, stream, argument)?;
         self.advance(tokens);
         Ok(())
+    }
+
+    fn as_pages<'a>(&'a self, room: &'a Room) -> Pages<'a> {
+        Pages { device: self.device, codec: &self.codec, exact: self.exact, room, batch: self.batch() }
     }
 
     /// Counts `tokens` as appended to every sequence: what a CUDA graph that holds an append has done. Needs
@@ -601,6 +609,16 @@ impl DeviceCache {
         }
         self.flush(stream)?;
         let room = self.room()?;
+        let all_full = |pages: &[Page]| pages.iter().rev().skip(1).all(|p| p.count as usize == PAGE_TOKENS);
+        if self.sequences.iter().all(|s| all_full(&s.pages)) {
+            let most = |f: &dyn Fn(usize) -> usize| (0..self.batch()).map(f).max().unwrap_or(0);
+            let end = (0..self.batch()).map(|b| self.tokens(b) - self.sequences[b].tail).min().unwrap_or(0);
+            let known = [most(&|b| self.sequences[b].pages.len()), most(&|b| self.sequences[b].sinks), end];
+            // SAFETY: the caller's promise.
+            if unsafe { self.as_pages(&room).read(from..from + tokens, dtype, out, known, stream)? } {
+                return Ok(());
+            }
+        }
         let mut a = ReadArguments {
             codec: room.codec,
             counts: room.counts,

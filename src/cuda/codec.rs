@@ -52,6 +52,35 @@ pub(super) fn dtype_number(dtype: Dtype) -> usize {
     }
 }
 
+/// Cells of the table in `cuda/codec.cuh`: cell `c` is what lies nearest to `c` of 63.
+const CELLS: usize = 64;
+/// How far rounding can carry a number over the border of a cell, in table units.
+const HAIR: f32 = 1e-4;
+
+/// Scale and offset of the table of cells of a codebook; `None` if a cell would hold two thresholds.
+pub(super) fn cells(thresholds: &[f32]) -> Option<(f32, f32)> {
+    let (&low, &high) = (thresholds.first()?, thresholds.last()?);
+    let margin = (high - low) / 48.0;
+    let scale = 1.0 / (high - low + 2.0 * margin);
+    let offset = (margin - low) * scale;
+    let at = |t: f32| t * scale + offset;
+    let single = (0..CELLS).all(|cell| {
+        let ends = [cell as f32 - 0.5, cell as f32 + 0.5].map(|e| e / (CELLS - 1) as f32);
+        let (from, to) = (ends[0] - HAIR, ends[1] + HAIR);
+        thresholds.iter().filter(|&&t| from <= at(t) && at(t) <= to).count() <= 1
+    });
+    // Over the smallest scale, which counts as 1e-38, it has to stay finite.
+    (single && scale <= 3.0).then_some((scale, offset))
+}
+
+/// Where in [`codec_bytes`] the levels of a side's codebook of this width stand, and their thresholds.
+pub(super) fn book_offsets(value: bool, width: usize) -> [usize; 2] {
+    const BOOK: usize = 4 * (1 + 512);
+    const SIDE: usize = 4 * (15 + 32) + 9 * BOOK;
+    let levels = 32 + usize::from(value) * SIDE + 4 * (15 + 32) + width * BOOK + 4;
+    [levels, levels + 1024]
+}
+
 /// `Codec` of `cuda/page.cuh`.
 pub fn codec_bytes(codec: &PageCodec, exact: Dtype) -> Vec<u8> {
     let scheme = &codec.scheme;
@@ -116,6 +145,12 @@ mod tests {
     fn sizes_are_those_of_the_structs() {
         let codec = PageCodec::new(&Scheme::preset("nqkv4").unwrap(), 8, 128, 128).unwrap();
         let side = 4 * (15 + 32) + 9 * 4 * (1 + 512);
-        assert_eq!(codec_bytes(&codec, Dtype::Bf16).len(), 32 + 2 * side);
+        let bytes = codec_bytes(&codec, Dtype::Bf16);
+        assert_eq!(bytes.len(), 32 + 2 * side);
+        for (value, half) in [(false, &codec.key), (true, &codec.value)] {
+            let book = half.books[0].as_ref().unwrap();
+            let first = book_offsets(value, 4).map(|at| f32::from_le_bytes(bytes[at..at + 4].try_into().unwrap()));
+            assert_eq!(first, [book.levels()[0], book.thresholds()[0]]);
+        }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::ffi::c_void;
 
-use super::codec::{kind_number, scale_dtype_number};
+use super::codec::{cells, kind_number, scale_dtype_number};
 use super::{Device, Kernel, Stream};
 use crate::codebook::Codebook;
 use crate::codec::{ScaleDtype, ScaleKind};
@@ -37,10 +37,6 @@ struct Arguments {
 }
 const _: () = assert!(size_of::<Arguments>() == 104 + 2048);
 
-/// Cells of the table in `cuda/flat.cu`: cell `c` is what lies nearest to `c` of 63.
-const CELLS: usize = 64;
-/// How far rounding can carry a number over the border of a cell, in table units.
-const HAIR: f32 = 1e-4;
 const THREADS: usize = 256;
 
 /// A contiguous tensor on a device.
@@ -104,8 +100,9 @@ impl FlatCodec {
         };
         a.level[..book.levels().len()].copy_from_slice(book.levels());
         a.threshold[..book.thresholds().len()].copy_from_slice(book.thresholds());
-        let cells = a.bits == 4 && a.lay_cells();
-        Self { spec, arguments: a, cells }
+        let laid = if a.bits == 4 { cells(book.thresholds()) } else { None };
+        (a.cell_scale, a.cell_offset) = laid.unwrap_or_default();
+        Self { spec, arguments: a, cells: laid.is_some() }
     }
 
     /// The spec.
@@ -136,21 +133,6 @@ impl FlatCodec {
 }
 
 impl Arguments {
-    /// Lays the table of cells; false if a cell would hold two thresholds.
-    fn lay_cells(&mut self) -> bool {
-        let thresholds = &self.threshold[..self.levels as usize - 1];
-        let (Some(&low), Some(&high)) = (thresholds.first(), thresholds.last()) else { return false };
-        let margin = (high - low) / 48.0;
-        self.cell_scale = 1.0 / (high - low + 2.0 * margin);
-        self.cell_offset = (margin - low) * self.cell_scale;
-        let at = |t: f32| t * self.cell_scale + self.cell_offset;
-        (0..CELLS).all(|cell| {
-            let ends = [cell as f32 - 0.5, cell as f32 + 0.5].map(|e| e / (CELLS - 1) as f32);
-            let (from, to) = (ends[0] - HAIR, ends[1] + HAIR);
-            thresholds.iter().filter(|&&t| from <= at(t) && at(t) <= to).count() <= 1
-        }) && self.cell_scale.is_finite()
-    }
-
     /// Elements that stand in whole blocks which follow each other without a gap.
     fn whole_blocks(&self) -> i64 {
         match (self.row == self.n, self.row % i64::from(self.block)) {

@@ -67,12 +67,36 @@ kernels! {
         PagesRead = "pages_read",
         PagesSet = "pages_set",
     ],
+    "seal": [
+        SealChannelsF16 = "seal_channels_f16",
+        SealChannelsBf16 = "seal_channels_bf16",
+        SealKeysF16 = "seal_keys_f16",
+        SealKeysBf16 = "seal_keys_bf16",
+        SealValuesF16 = "seal_values_f16",
+        SealValuesBf16 = "seal_values_bf16",
+    ],
+    "read": [
+        ReadF32 = "read_f32",
+        ReadF16 = "read_f16",
+        ReadBf16 = "read_bf16",
+    ],
 }
 
 impl Kernel {
     /// Dynamic shared memory that a launch may ask for.
     pub(super) fn shared_bytes(self) -> usize {
-        0
+        match self {
+            // The table of cells, then eight warps' three strips of 2048 bytes.
+            Self::SealChannelsF16
+            | Self::SealChannelsBf16
+            | Self::SealKeysF16
+            | Self::SealKeysBf16
+            | Self::SealValuesF16
+            | Self::SealValuesBf16 => 16384 + 8 * 3 * 2048,
+            // Eight warps' 64 tokens of 128 bytes.
+            Self::ReadF32 | Self::ReadF16 | Self::ReadBf16 => 8 * 64 * 128,
+            _ => 0,
+        }
     }
 }
 
