@@ -87,6 +87,11 @@ def compile_ptx(source: Path) -> str:
         )  # fmt: skip
         text = out.read_text()
     text = re.sub(r"^\.version .*$", f".version {said['isa'][0]}", text, flags=re.MULTILINE)
+    if "_INTERNAL_" in text:
+        # Such names hold a hash of the path, so that no other checkout would give the same bytes.
+        raise SystemExit(
+            f"{source.name}: expected names without internal linkage (no `namespace {{`)"
+        )
     # A hint of newer compilers that old assemblers refuse.
     text = re.sub(r'^\s*\.pragma "used_bytes_mask .*\n', "", text, flags=re.MULTILINE)
     return re.sub(

@@ -20,7 +20,7 @@ struct FlatArguments {
 };
 static_assert(sizeof(FlatArguments) == 104 + 2048, "as in src/cuda/flat.rs");
 
-namespace {
+namespace nqkv {
 
 // Eight elements as they lie in memory, and as numbers.
 template <class T> struct Eight {
@@ -324,7 +324,8 @@ template <class T> DEVICE void values_any(const FlatArguments& a) {
   }
 }
 
-}  // namespace
+}  // namespace nqkv
+using namespace nqkv;
 
 #define KERNELS(NAME, T)                                                                                        \
   extern "C" __global__ void __launch_bounds__(256) flat_quantize_##NAME(const __grid_constant__ FlatArguments a) { quantize_fast<T, true>(a); } \

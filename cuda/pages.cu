@@ -29,7 +29,7 @@ struct CacheArguments {
   int with_pages, tokens;
 };
 
-namespace {
+namespace nqkv {
 
 constexpr unsigned long long ADDRESS = (1ull << 56) - 1;
 
@@ -273,7 +273,8 @@ DEVICE void settle_counts(const CacheArguments& a, const Counts& n, const Stream
   a.counts[b] = next;
 }
 
-}  // namespace
+}  // namespace nqkv
+using namespace nqkv;
 
 // Writes pages: block (page, head, 2 * sequence + side). Counts and table stay as they are.
 extern "C" __global__ void __launch_bounds__(256, 3) pages_seal(const __grid_constant__ CacheArguments a) {

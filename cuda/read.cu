@@ -29,7 +29,7 @@ struct ReadArguments {
 };
 static_assert(sizeof(ReadSide) == 88 && sizeof(ReadArguments) == 80 + 2 * 88, "as in src/cuda/seal.rs");
 
-namespace {
+namespace nqkv {
 
 constexpr unsigned long long ADDRESS = (1ull << 56) - 1;
 constexpr int WARPS = 8, ROW_BYTES = 128;
@@ -217,7 +217,8 @@ template <class T> DEVICE void read(const ReadArguments& a) {
   else read_page<T, false>(a, s, room, levels, blockIdx.x * WARPS + warp);
 }
 
-}  // namespace
+}  // namespace nqkv
+using namespace nqkv;
 
 extern "C" __global__ void __launch_bounds__(256, 3) read_f32(const __grid_constant__ ReadArguments a) { read<float>(a); }
 extern "C" __global__ void __launch_bounds__(256, 3) read_f16(const __grid_constant__ ReadArguments a) { read<__half>(a); }

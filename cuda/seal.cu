@@ -38,7 +38,7 @@ struct SealArguments {
 };
 static_assert(sizeof(SealSide) == 128 && sizeof(SealArguments) == 64 + 2 * 128, "as in src/cuda/seal.rs");
 
-namespace {
+namespace nqkv {
 
 constexpr unsigned ALL = 0xffffffff;
 constexpr unsigned long long ADDRESS = (1ull << 56) - 1;
@@ -487,7 +487,8 @@ template <class T, Half HALF> DEVICE void seal(const SealArguments& a) {
   }
 }
 
-}  // namespace
+}  // namespace nqkv
+using namespace nqkv;
 
 #define KERNELS(NAME, T)                                                                                                  \
   extern "C" __global__ void __launch_bounds__(256, 3) seal_channels_##NAME(const __grid_constant__ SealArguments a) { seal<T, KEYS_PER_CHANNEL>(a); } \
