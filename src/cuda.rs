@@ -4,14 +4,17 @@
 //! owned streams, no owned memory, nothing that is dropped at exit. `kernels` is the table of entry points. The other modules
 //! check arguments and launch. A launch neither allocates nor synchronises, and can be captured in a CUDA graph.
 
+mod arguments;
 mod cache;
 mod codec;
 mod driver;
 pub mod flat;
 mod kernels;
+mod room;
 mod seal;
 
-pub use self::cache::{DeviceCache, DeviceView, Room, Sizes};
+pub use self::cache::DeviceCache;
 pub use self::codec::codec_bytes;
 pub use self::driver::{Device, Stream, device, driver_version, status};
 pub use self::kernels::Kernel;
+pub use self::room::{DeviceView, Room, Sizes};

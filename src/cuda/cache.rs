@@ -4,15 +4,17 @@
 //! nothing from the host and a CUDA graph can hold it. The core allocates nothing there: rows, tables and room for exact
 //! tokens are memory of the caller's. Rows are reserved ahead of the append that fills them.
 
+mod operations;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::c_void;
 use std::sync::Arc;
 
-use cudarc::driver::result;
-
+use super::arguments::{CacheArguments, ENTRIES, ReadArguments, TableArguments, TensorArgument};
 use super::codec::dtype_number;
-use super::driver::{Device, Stream, device, error};
+use super::driver::{Device, Stream, device};
 use super::kernels::Kernel;
+use super::room::{DeviceView, Room, Sizes};
 use super::seal::Pages;
 use crate::cache::parts::Page;
 use crate::cache::pool::{Extent, Row};
@@ -23,104 +25,8 @@ use crate::scheme::Span;
 use crate::seal::PageCodec;
 use crate::tensor::Dtype;
 
-/// Memory of a cache besides its rows. Sizes are those that [`DeviceCache::sizes`] gives.
-#[derive(Debug, Clone, Copy)]
-pub struct Room {
-    /// [`super::codec_bytes`].
-    pub codec: u64,
-    /// Four int32 for each sequence, zeroed.
-    pub counts: u64,
-    /// A u64 for each page of each sequence.
-    pub table: u64,
-    /// An int32 for each sequence, zeroed.
-    pub arrived: u64,
-    /// Exact keys and values of the first tokens.
-    pub sinks: [u64; 2],
-    /// Exact keys and values of the newest tokens.
-    pub tail: [u64; 2],
-    /// Pages that a sequence's table holds.
-    pub capacity: usize,
-}
-
-/// Bytes of each part of a [`Room`] for one sequence, and of the codec.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Sizes {
-    /// Exact keys, exact values of the first tokens.
-    pub sinks: [usize; 2],
-    /// Exact keys, exact values of the newest tokens.
-    pub tail: [usize; 2],
-}
-
-/// A strided `[batch, heads, tokens, dim]` tensor on the device.
-#[derive(Debug, Clone, Copy)]
-pub struct DeviceView {
-    /// First element.
-    pub address: u64,
-    /// Element type.
-    pub dtype: Dtype,
-    /// Shape.
-    pub shape: [usize; 4],
-    /// Strides in elements.
-    pub strides: [isize; 4],
-}
-
-/// `Tensor` of `cuda/pages.cu`.
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct TensorArgument {
-    data: u64,
-    stride: [i64; 4],
-    dtype: i64,
-}
-
-/// `CacheArguments` of `cuda/pages.cu`.
-#[repr(C)]
-struct CacheArguments {
-    codec: u64,
-    counts: u64,
-    table: u64,
-    sinks: [u64; 2],
-    tail: [u64; 2],
-    arrived: u64,
-    x: [TensorArgument; 2],
-    capacity: i64,
-    with_pages: i32,
-    tokens: i32,
-}
-
-/// `ReadArguments` of `cuda/pages.cu`.
-#[repr(C)]
-struct ReadArguments {
-    codec: u64,
-    counts: u64,
-    table: u64,
-    sinks: [u64; 2],
-    tail: [u64; 2],
-    out: [u64; 2],
-    capacity: i64,
-    from: i32,
-    tokens: i32,
-    dtype: i32,
-    padding: i32,
-}
-
 /// Up to this many tokens are appended in one launch.
 const FEW_TOKENS: usize = 16;
-const ENTRIES: usize = 120;
-
-/// `TableArguments` of `cuda/pages.cu`.
-#[repr(C)]
-struct TableArguments {
-    table: u64,
-    counts: u64,
-    entries: i32,
-    sequences: i32,
-    value: [u64; ENTRIES],
-    place: [i32; ENTRIES],
-    count: [[i32; 4]; ENTRIES],
-    sequence: [i32; ENTRIES],
-}
-const _: () = assert!(size_of::<TableArguments>() <= 4096);
 
 #[derive(Debug, Clone, Default)]
 struct Sequence {
@@ -290,44 +196,6 @@ impl DeviceCache {
     pub fn capacity_missing(&self, tokens: usize) -> usize {
         let needed = (0..self.batch()).map(|b| self.sequences[b].pages.len() + self.rows_for(b, tokens)).max().unwrap_or(0);
         if self.room.as_ref().is_some_and(|(room, _)| room.capacity >= needed) { 0 } else { needed.max(1) }
-    }
-
-    /// Moves to another room, which holds what the old one held (of sequence `from[b]` for sequence `b`).
-    ///
-    /// # Safety
-    /// The room is memory of this cache's device, of the sizes for `from.len()` sequences, alive until `keep` is dropped, and
-    /// nobody else uses it.
-    pub unsafe fn move_to(&mut self, room: Room, keep: Keep, from: &[usize], stream: Stream) -> Result<()> {
-        self.flush(stream)?;
-        let sizes = self.sizes();
-        if let Some((old, _)) = &self.room {
-            for (b, &a) in from.iter().enumerate() {
-                let parts = [
-                    (old.counts, room.counts, 16, 16),
-                    (old.table, room.table, 8 * old.capacity, 8 * room.capacity),
-                    (old.sinks[0], room.sinks[0], sizes.sinks[0], sizes.sinks[0]),
-                    (old.sinks[1], room.sinks[1], sizes.sinks[1], sizes.sinks[1]),
-                    (old.tail[0], room.tail[0], sizes.tail[0], sizes.tail[0]),
-                    (old.tail[1], room.tail[1], sizes.tail[1], sizes.tail[1]),
-                ];
-                for (source, target, from_bytes, to_bytes) in parts {
-                    let bytes = from_bytes.min(to_bytes);
-                    if bytes > 0 {
-                        let (target, source) = (target + (b * to_bytes) as u64, source + (a * from_bytes) as u64);
-                        self.copy(target, source, bytes, stream)?;
-                    }
-                }
-            }
-        }
-        self.room = Some((room, Arc::new(keep)));
-        Ok(())
-    }
-
-    fn copy(&self, to: u64, from: u64, bytes: usize, stream: Stream) -> Result<()> {
-        self.device.bind()?;
-        let stream = std::ptr::with_exposed_provenance_mut(stream.0);
-        // SAFETY: both lie inside rooms, whose sizes their givers promised.
-        unsafe { result::memcpy_dtod_async(to, from, bytes, stream) }.map_err(error("copy"))
     }
 
     fn room(&self) -> Result<Room> {
@@ -501,101 +369,6 @@ impl DeviceCache {
                 s.open = true;
                 left -= count;
             }
-        }
-    }
-
-    /// Cuts sequence `b` to its first `lengths[b]` tokens.
-    pub fn crop(&mut self, lengths: &[usize]) -> Result<()> {
-        if lengths.len() != self.batch() {
-            return Err(Error::shape(
-                "lengths",
-                format!("[{}] (one per sequence)", self.batch()),
-                format!("[{}]", lengths.len()),
-            ));
-        }
-        for (b, &length) in lengths.iter().enumerate() {
-            if length > self.tokens(b) {
-                return Err(Error::value(
-                    format!("lengths[{b}]"),
-                    format!("at most {} (the tokens held)", self.tokens(b)),
-                    length,
-                ));
-            }
-        }
-        for (b, &length) in lengths.iter().enumerate() {
-            let mut left = self.tokens(b) - length;
-            if left == 0 {
-                continue;
-            }
-            let s = &mut self.sequences[b];
-            let mut cut = |held: usize| {
-                let cut = left.min(held);
-                left -= cut;
-                cut
-            };
-            s.tail -= cut(s.tail);
-            while let Some(page) = s.pages.last_mut() {
-                page.count -= cut(page.count as usize) as u32;
-                if page.count > 0 {
-                    break;
-                }
-                s.pages.pop();
-            }
-            s.sinks -= cut(s.sinks);
-            self.restate(b);
-        }
-        Ok(())
-    }
-
-    /// Marks what the device knows of sequence `b` as old: its counts and its last page. Reserved rows stood behind the pages
-    /// that were; they go back.
-    fn restate(&mut self, b: usize) {
-        let capacity = self.room.as_ref().map_or(0, |(room, _)| room.capacity);
-        let s = &self.sequences[b];
-        if let Some(page) = s.pages.last() {
-            let value = page.row.data() as u64 | u64::from(page.count) << 56;
-            self.entries.insert(b * capacity + s.pages.len() - 1, value);
-        }
-        self.reserved[b].clear();
-        self.stale.insert(b);
-    }
-
-    /// Makes sequence `i` what sequence `indices[i]` was, in another room.
-    ///
-    /// # Safety
-    /// As for [`DeviceCache::move_to`].
-    pub unsafe fn select(&mut self, indices: &[usize], room: Room, keep: Keep, stream: Stream) -> Result<()> {
-        if let Some(bad) = indices.iter().find(|&&i| i >= self.batch()) {
-            return Err(Error::value("sequence index", format!("0 to {}", self.batch().saturating_sub(1)), bad));
-        }
-        // SAFETY: the caller's promise.
-        unsafe { self.move_to(room, keep, indices, stream)? };
-        self.sequences = indices.iter().map(|&i| self.sequences[i].clone()).collect();
-        self.reserved = vec![Vec::new(); indices.len()];
-        Ok(())
-    }
-
-    /// A cache of its own with sequences `indices`: pages are shared, exact tokens copied into `room`.
-    ///
-    /// # Safety
-    /// As for [`DeviceCache::move_to`].
-    pub unsafe fn fork(&mut self, indices: &[usize], room: Room, keep: Keep, stream: Stream) -> Result<Self> {
-        self.flush(stream)?;
-        let mut copy = Self::new(Arc::clone(&self.codec), self.exact, 0, self.device.ordinal())?;
-        copy.room.clone_from(&self.room);
-        copy.sequences.clone_from(&self.sequences);
-        copy.reserved = vec![Vec::new(); self.batch()];
-        // SAFETY: the caller's promise.
-        unsafe { copy.select(indices, room, keep, stream)? };
-        Ok(copy)
-    }
-
-    /// Drops every token.
-    pub fn reset(&mut self) {
-        self.sequences.iter_mut().for_each(|s| *s = Sequence::default());
-        for b in 0..self.batch() {
-            self.reserved[b].clear();
-            self.stale.insert(b);
         }
     }
 

@@ -3,8 +3,8 @@
 
 use std::ffi::c_void;
 
-use super::cache::{DeviceView, Room};
 use super::codec::{book_offsets, cells, dtype_number, kind_number, scale_dtype_number};
+use super::room::{DeviceView, Room};
 use super::{Device, Kernel, Stream};
 use crate::codec::{ScaleDtype, ScaleKind};
 use crate::error::Result;
