@@ -146,6 +146,7 @@ constexpr int MAX_BLOCK = 512;
 // Fields of n numbers by one warp, in the order of src/codec.rs. `v` and `w` hold MAX_BLOCK numbers each.
 template <class F> DEVICE Fields fields_by_warp(float* v, float* w, int n, int kind, int dtype, F number) {
   const int lane = threadIdx.x & 31;
+  __syncwarp();  // lanes may still read what the block before left here
 #pragma unroll 1
   for (int i = lane; i < n; i += 32) v[i] = number(i);
   __syncwarp();
