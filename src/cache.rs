@@ -67,26 +67,11 @@ impl LayerCache {
 
     /// Page table of sequence `b`.
     pub fn table(&self, b: usize) -> Vec<PageEntry> {
-        let mut first_rows = Vec::new();
-        let mut next = 0;
-        for extent in self.all_extents() {
-            first_rows.push((Arc::as_ptr(extent), next));
-            next += extent.rows as u32;
-        }
-        let first = |row: &Row| first_rows.iter().find(|e| e.0 == Arc::as_ptr(&row.extent)).map_or(0, |e| e.1);
-        self.sequences[b].pages.iter().map(|p| PageEntry { row: first(&p.row) + p.row.index, count: p.count }).collect()
+        parts::entries(&self.all_extents(), &self.sequences[b].pages)
     }
 
-    /// Own extents, then those of other caches in the order in which the tables name them.
     fn all_extents(&self) -> Vec<&Arc<Extent>> {
-        let mut all: Vec<&Arc<Extent>> = self.extents.iter().collect();
-        let mut known: std::collections::HashSet<_> = all.iter().map(|e| Arc::as_ptr(e)).collect();
-        for page in self.sequences.iter().flat_map(|s| &s.pages) {
-            if known.insert(Arc::as_ptr(&page.row.extent)) {
-                all.push(&page.row.extent);
-            }
-        }
-        all
+        parts::all_extents(&self.extents, self.sequences.iter().flat_map(|s| &s.pages))
     }
 
     /// What [`LayerCache::add_rows`] was given to keep, for every extent that the rows of [`LayerCache::table`] count over.
@@ -156,22 +141,8 @@ impl LayerCache {
 
     /// Cuts sequence `b` to its first `lengths[b]` tokens, each to its own length: what speculative decoding of a batch needs.
     pub fn crop(&mut self, lengths: &[usize]) -> Result<()> {
-        if lengths.len() != self.batch() {
-            return Err(Error::shape(
-                "lengths",
-                format!("[{}] (one per sequence)", self.batch()),
-                format!("[{}]", lengths.len()),
-            ));
-        }
-        for (b, &length) in lengths.iter().enumerate() {
-            if length > self.tokens(b) {
-                return Err(Error::value(
-                    format!("lengths[{b}]"),
-                    format!("at most {} (the tokens held)", self.tokens(b)),
-                    length,
-                ));
-            }
-        }
+        let held: Vec<usize> = (0..self.batch()).map(|b| self.tokens(b)).collect();
+        parts::check_lengths(lengths, &held)?;
         self.sequences.iter_mut().zip(lengths).for_each(|(s, &length)| s.remove_newest(s.tokens() - length));
         Ok(())
     }

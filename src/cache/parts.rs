@@ -1,9 +1,10 @@
 //! What a sequence is made of, and what it costs.
 
 use std::alloc::{Layout, alloc_zeroed};
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-use super::pool::Row;
+use super::pool::{Extent, Row};
 use crate::error::{Error, Result};
 
 /// One entry of a page table, as callers see it.
@@ -137,6 +138,42 @@ impl Sequence {
         }
         self.sinks.tokens -= cut(self.sinks.tokens);
     }
+}
+
+/// Refuses lengths that sequences cannot be cut to; `held` are the tokens of each.
+pub(crate) fn check_lengths(lengths: &[usize], held: &[usize]) -> Result<()> {
+    if lengths.len() != held.len() {
+        let expected = format!("[{}] (one per sequence)", held.len());
+        return Err(Error::shape("lengths", expected, format!("[{}]", lengths.len())));
+    }
+    match lengths.iter().zip(held).position(|(length, held)| length > held) {
+        Some(b) => Err(Error::value(format!("lengths[{b}]"), format!("at most {} (the tokens held)", held[b]), lengths[b])),
+        None => Ok(()),
+    }
+}
+
+/// Own extents, then those of other caches in the order in which tables name them.
+pub(crate) fn all_extents<'a>(own: &'a [Arc<Extent>], pages: impl Iterator<Item = &'a Page>) -> Vec<&'a Arc<Extent>> {
+    let mut all: Vec<&Arc<Extent>> = own.iter().collect();
+    let mut known: HashSet<_> = all.iter().map(|e| Arc::as_ptr(e)).collect();
+    for page in pages {
+        if known.insert(Arc::as_ptr(&page.row.extent)) {
+            all.push(&page.row.extent);
+        }
+    }
+    all
+}
+
+/// A table as callers see it: rows count over `extents`.
+pub(crate) fn entries(extents: &[&Arc<Extent>], pages: &[Page]) -> Vec<PageEntry> {
+    let mut first_rows = HashMap::new();
+    let mut next = 0;
+    for extent in extents {
+        first_rows.insert(Arc::as_ptr(extent), next);
+        next += extent.rows as u32;
+    }
+    let row = |row: &Row| first_rows[&Arc::as_ptr(&row.extent)] + row.index;
+    pages.iter().map(|p| PageEntry { row: row(&p.row), count: p.count }).collect()
 }
 
 /// Bytes of a cache by what they hold. Rows that forks share count in each of them.

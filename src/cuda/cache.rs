@@ -16,7 +16,7 @@ use super::driver::{Device, Stream, device};
 use super::kernels::Kernel;
 use super::room::{DeviceView, Room, Sizes};
 use super::seal::Pages;
-use crate::cache::parts::Page;
+use crate::cache::parts::{self, Page};
 use crate::cache::pool::{Extent, Row};
 use crate::cache::{Keep, Memory, PageEntry};
 use crate::error::{Error, Result};
@@ -102,24 +102,11 @@ impl DeviceCache {
 
     /// Page table of sequence `b`; rows count over own extents, then over those of other caches.
     pub fn table(&self, b: usize) -> Vec<PageEntry> {
-        let mut first = Vec::new();
-        let mut next = 0;
-        for extent in self.all_extents() {
-            first.push((Arc::as_ptr(extent), next));
-            next += extent.rows as u32;
-        }
-        let base = |row: &Row| first.iter().find(|e| e.0 == Arc::as_ptr(&row.extent)).map_or(0, |e| e.1);
-        self.sequences[b].pages.iter().map(|p| PageEntry { row: base(&p.row) + p.row.index, count: p.count }).collect()
+        parts::entries(&self.all_extents(), &self.sequences[b].pages)
     }
 
     fn all_extents(&self) -> Vec<&Arc<Extent>> {
-        let mut all: Vec<&Arc<Extent>> = self.extents.iter().collect();
-        for page in self.sequences.iter().flat_map(|s| &s.pages) {
-            if !all.iter().any(|e| Arc::ptr_eq(e, &page.row.extent)) {
-                all.push(&page.row.extent);
-            }
-        }
-        all
+        parts::all_extents(&self.extents, self.sequences.iter().flat_map(|s| &s.pages))
     }
 
     /// What [`DeviceCache::add_rows`] was given to keep, for the extents that tables name.

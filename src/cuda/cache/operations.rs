@@ -6,6 +6,7 @@ use cudarc::driver::result;
 
 use super::{DeviceCache, Sequence};
 use crate::cache::Keep;
+use crate::cache::parts::check_lengths;
 use crate::cuda::driver::{Stream, error};
 use crate::cuda::room::Room;
 use crate::error::{Error, Result};
@@ -51,22 +52,8 @@ impl DeviceCache {
 
     /// Cuts sequence `b` to its first `lengths[b]` tokens.
     pub fn crop(&mut self, lengths: &[usize]) -> Result<()> {
-        if lengths.len() != self.batch() {
-            return Err(Error::shape(
-                "lengths",
-                format!("[{}] (one per sequence)", self.batch()),
-                format!("[{}]", lengths.len()),
-            ));
-        }
-        for (b, &length) in lengths.iter().enumerate() {
-            if length > self.tokens(b) {
-                return Err(Error::value(
-                    format!("lengths[{b}]"),
-                    format!("at most {} (the tokens held)", self.tokens(b)),
-                    length,
-                ));
-            }
-        }
+        let held: Vec<usize> = (0..self.batch()).map(|b| self.tokens(b)).collect();
+        check_lengths(lengths, &held)?;
         for (b, &length) in lengths.iter().enumerate() {
             let mut left = self.tokens(b) - length;
             if left == 0 {
