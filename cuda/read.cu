@@ -27,7 +27,7 @@ struct ReadArguments {
   int chunks, front, gap;  // 64 tokens that may not all be in pages: how many of a head; after so many of them follow others
   ReadSide side[2];
 };
-static_assert(sizeof(ReadSide) == 88 && sizeof(ReadArguments) == 80 + 2 * 88, "as in src/cuda/seal.rs");
+static_assert(sizeof(ReadSide) == 88 && sizeof(ReadArguments) == 80 + 2 * 88, "as in src/cuda/read.rs");
 
 namespace nqkv {
 

@@ -10,6 +10,8 @@ mod codec;
 mod driver;
 pub mod flat;
 mod kernels;
+mod paged;
+mod read;
 mod room;
 mod seal;
 

@@ -14,8 +14,8 @@ use super::arguments::{CacheArguments, ENTRIES, ReadArguments, TableArguments, T
 use super::codec::dtype_number;
 use super::driver::{Device, Stream, device};
 use super::kernels::Kernel;
+use super::paged::Pages;
 use super::room::{DeviceView, Room, Sizes};
-use super::seal::Pages;
 use crate::cache::parts::{self, Page};
 use crate::cache::pool::{Extent, Row};
 use crate::cache::{Keep, Memory, PageEntry};
