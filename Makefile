@@ -105,9 +105,9 @@ soak: ## a million random operations against a dense model (NQKV_SOAK_OPS, NQKV_
 	NQKV_SOAK_OPS=$${NQKV_SOAK_OPS:-1000000} cargo test --test soak -- --nocapture
 
 FUZZ_INPUTS := $${NQKV_FUZZ_INPUTS:-1000000}
-fuzz: $(VENV)/.with-test ## a million hostile inputs for each parser (NQKV_FUZZ_INPUTS, NQKV_FUZZ_SEED, NQKV_FUZZ_CAPSULES)
+fuzz: $(VENV)/.with-test ## a million hostile inputs for each parser (NQKV_FUZZ_INPUTS, NQKV_FUZZ_SEED)
 	NQKV_FUZZ_INPUTS=$(FUZZ_INPUTS) cargo test --test fuzz -- --nocapture
-	NQKV_FUZZ_INPUTS=$${NQKV_FUZZ_CAPSULES:-20000} $(PY) -m pytest tests/test_capsules.py --timeout 0
+	NQKV_FUZZ_INPUTS=$(FUZZ_INPUTS) $(PY) -m pytest tests/test_capsules.py --timeout 0
 
 # The sanitizer's runtime comes with the compiler; its flag is for nightly ones.
 ASAN := RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address CARGO_TARGET_DIR=target/asan
