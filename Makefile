@@ -25,7 +25,7 @@ SHELL       := /bin/bash
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .PHONY: help demo test test-compat build wheel sdist lint fmt docs bench clean rust python alone
-.PHONY: cuda cuda-check soak fuzz fuzz-asan
+.PHONY: cuda cuda-check soak fuzz fuzz-asan bundle
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -142,6 +142,20 @@ docs: $(VENV)/.with-demo ## write docs/api.md from the docstrings
 
 bench: ## criterion benches (no Python needed)
 	cargo bench
+
+# Without symbols: the bench binary is a tenth of what `cargo bench` leaves.
+STRIPPED := CARGO_PROFILE_BENCH_DEBUG=false CARGO_PROFILE_BENCH_STRIP=true
+BUNDLE   := dist/bundle
+bundle: $(LOCAL)/.built ## bench binary, wheel, tests and benches in dist/bundle, for a GPU machine without Rust or network
+	rm -rf $(BUNDLE) && mkdir -p $(BUNDLE)/wheel $(BUNDLE)/benches
+	cp "$$($(STRIPPED) cargo bench --bench gpu --no-run --message-format=json | \
+		sed -nE 's/.*"name":"gpu".*"executable":"([^"]+)".*/\1/p')" $(BUNDLE)/gpu
+	cp $(LOCAL)/*.whl $(BUNDLE)/wheel
+	cp benches/*.py $(BUNDLE)/benches
+	cp -r tests $(BUNDLE)/tests && cp pyproject.toml $(BUNDLE)/tests
+	find $(BUNDLE) -name __pycache__ -prune -exec rm -r {} +
+	cp benches/bundle.sh $(BUNDLE)/run.sh
+	@du -sh $(BUNDLE) && test "$$(du -sm $(BUNDLE) | cut -f1)" -lt 60
 
 clean: ## remove build products; .venv stays
 	cargo clean

@@ -1,0 +1,23 @@
+#!/bin/sh
+# Runs on a machine with a GPU what `make bundle` has put into this folder. It needs python3 with numpy, torch, pytest and
+# transformers, no compiler and no network. Words: install, tests, bench (criterion), codecs, attention; none is all of them.
+set -eu
+cd "$(dirname "$0")"
+export PYTHONPATH="$PWD/site"
+SHAPE="${SHAPE:-llama8b:16,32,8,128,16384}"
+
+install() {
+    python3 -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target site wheel/*.whl
+    python3 -c 'import nqkv_rs; print(nqkv_rs.doctor())'
+}
+
+for word in ${*:-install tests bench codecs attention}; do
+    case "$word" in
+        install) install ;;
+        tests) (cd tests && python3 -m pytest -q -m gpu -p no:cacheprovider) ;;
+        bench) ./gpu --bench ;;
+        codecs) python3 benches/gpu_codecs.py --json --shape "$SHAPE" ;;
+        attention) test ! -e benches/gpu_attention.py || python3 benches/gpu_attention.py --json --shape "$SHAPE" ;;
+        *) echo "expected install, tests, bench, codecs or attention, got $word" >&2 && exit 2 ;;
+    esac
+done
