@@ -152,7 +152,7 @@ bundle: $(LOCAL)/.built ## bench binary, wheel, tests and benches in dist/bundle
 		sed -nE 's/.*"name":"gpu".*"executable":"([^"]+)".*/\1/p')" $(BUNDLE)/gpu
 	cp $(LOCAL)/*.whl $(BUNDLE)/wheel
 	cp benches/*.py $(BUNDLE)/benches
-	cp -r tests $(BUNDLE)/tests && cp pyproject.toml $(BUNDLE)/tests
+	cp -r tests $(BUNDLE)/tests
 	find $(BUNDLE) -name __pycache__ -prune -exec rm -r {} +
 	cp benches/bundle.sh $(BUNDLE)/run.sh
 	@du -sh $(BUNDLE) && test "$$(du -sm $(BUNDLE) | cut -f1)" -lt 60

@@ -14,7 +14,10 @@ install() {
 for word in ${*:-install tests bench codecs attention}; do
     case "$word" in
         install) install ;;
-        tests) (cd tests && python3 -m pytest -q -m gpu -p no:cacheprovider) ;;
+        tests)
+            python3 -m pytest -q -c /dev/null --rootdir . -o pythonpath=tests -o 'markers=gpu model' \
+                --import-mode=importlib -p no:cacheprovider -m gpu tests
+            ;;
         bench) ./gpu --bench ;;
         codecs) python3 benches/gpu_codecs.py --json --shape "$SHAPE" ;;
         attention) test ! -e benches/gpu_attention.py || python3 benches/gpu_attention.py --json --shape "$SHAPE" ;;
