@@ -8,7 +8,7 @@ SHAPE="${SHAPE:-llama8b:16,32,8,128,16384}"
 
 install() {
     python3 -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target site wheel/*.whl
-    python3 -c 'import nqkv_rs; print(nqkv_rs.doctor())'
+    python3 -m nqkv_rs.cli doctor
 }
 
 for word in ${*:-install tests bench codecs attention}; do
