@@ -8,15 +8,15 @@ SHAPE="${SHAPE:-llama8b:16,32,8,128,16384}"
 
 install() {
     python3 -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target site wheel/*.whl
-    python3 -m nqkv_rs.cli doctor
+    site/bin/nqkv-rs doctor
 }
 
 for word in ${*:-install tests bench codecs attention}; do
     case "$word" in
         install) install ;;
         tests)
-            python3 -m pytest -q -c /dev/null --rootdir . -o pythonpath=tests -o 'markers=gpu model' \
-                --import-mode=importlib -p no:cacheprovider -m gpu tests
+            printf '[pytest]\npythonpath = tests\nmarkers =\n    gpu: of CUDA\n    model: of real models\n' > pytest.ini
+            python3 -m pytest -q --import-mode=importlib -p no:cacheprovider -m gpu tests/test_cuda_*.py tests/test_ops.py
             ;;
         bench) ./gpu --bench ;;
         codecs) python3 benches/gpu_codecs.py --json --shape "$SHAPE" ;;
