@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -321,3 +322,34 @@ def test_bad_input_leaves_the_cache_as_it_was() -> None:
     with pytest.raises(ValueError, match=r"sequence index"):
         pair.device.select([2])
     pair.check()
+
+
+@pytest.mark.parametrize("scheme", ["nqkv4", "nqkv", "kivi2"])
+def test_to_the_host_and_back(scheme: str, tmp_path: Path) -> None:
+    pair = Pair(scheme, dims=(64, 128))
+    for n in (150, 1, 130):
+        pair.append(n)
+    for cache in (pair.host, pair.device):
+        cache.select([1, 0, 1])
+        cache.crop([200, 281, 3])
+    pair.append(70)
+    pair.device.save(tmp_path / "device")
+    pair.host.save(tmp_path / "host")
+    saved = [LayerCache.load(tmp_path / name) for name in ("device", "host")]
+    # Rows stand in the order of the tables, so equal caches make equal files.
+    assert (tmp_path / "device").read_bytes() == (tmp_path / "host").read_bytes()
+    assert saved[0].core.table(2) == saved[1].core.table(2)
+    pair.device = CudaLayerCache.load(tmp_path / "host")
+    pair.check()
+    pair.append(100)
+    pair.check()
+    pair.check_attention()
+
+
+def test_an_empty_cache_goes_both_ways() -> None:
+    host = CudaLayerCache("nqkv4", kv_heads=2, key_dim=64, batch=2).to_host()
+    assert [host.tokens(b) for b in range(2)] == [0, 0]
+    assert CudaLayerCache.of_host(host).tokens() == 0
+    other = LayerCache("nqkv4", kv_heads=2, key_dim=64)
+    with pytest.raises(ValueError, match="cache: expected one of the same scheme"):
+        CudaLayerCache("nqkv", kv_heads=2, key_dim=64).core.fill(other.core, torch.zeros(1).cuda())

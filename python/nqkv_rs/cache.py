@@ -365,9 +365,31 @@ class LayerCache:
             scheme = Scheme.of(header["schemes"][of["scheme"]])
         except (KeyError, IndexError, TypeError):
             raise ValueError(f"header: expected a saved one with a packed layer {layer}") from None
+        shape = of["key_dim"], of["value_dim"]
+        return cls.of_core(core, scheme, *shape, allocate=allocate)
+
+    @classmethod
+    def of_core(
+        cls,
+        core: _core.LayerCache,
+        scheme: Scheme,
+        key_dim: int,
+        value_dim: int,
+        *,
+        allocate: Allocate | None = None,
+    ) -> LayerCache:
+        """A core that was made elsewhere as a cache: for integrations.
+
+        Args:
+            core: the core's cache.
+            scheme: its scheme.
+            key_dim: its head size of keys.
+            value_dim: its head size of values.
+            allocate: as for the constructor.
+        """
         cache = cls.__new__(cls)
         cache.scheme = scheme
-        cache.key_dim, cache.value_dim = of["key_dim"], of["value_dim"]
+        cache.key_dim, cache.value_dim = key_dim, value_dim
         cache._allocate = _allocator(allocate)
         cache.core = core
         return cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from nqkv_rs import _core
 from nqkv_rs._arguments import whole
+from nqkv_rs.cache import LayerCache
 from nqkv_rs.scheme import Scheme
 
 __all__ = ["CudaLayerCache"]
@@ -318,6 +320,65 @@ class CudaLayerCache:
         copy.key_dim, copy.value_dim = self.key_dim, self.value_dim
         copy.core = self.core.fork(chosen, self._room(len(chosen), self._capacity()))
         return copy
+
+    def to_host(self) -> LayerCache:
+        """The same cache in host memory, page for page; waits for the device."""
+        shape = (self.core.named_rows(), self.core.kv_heads, self.core.page_bytes)
+        pool = torch.empty(shape, dtype=torch.uint8)
+        core = self.core.to_host(pool, self._codec)
+        return LayerCache.of_core(core, self.scheme, self.key_dim, self.value_dim)
+
+    @classmethod
+    def of_host(cls, cache: LayerCache, device: Any = "cuda") -> CudaLayerCache:
+        """A cache on a device with what one in host memory holds, page for page.
+
+        Args:
+            cache: it may go on by itself; nothing is shared.
+            device: the CUDA device.
+        """
+        core = cache.core
+        made = cls(
+            cache.scheme,
+            kv_heads=core.kv_heads,
+            key_dim=cache.key_dim,
+            value_dim=cache.value_dim,
+            batch=core.batch,
+            exact_dtype=core.exact_dtype,
+            device=device,
+        )
+        tables = [core.table(b) for b in range(core.batch)]
+        rows = len({row for table in tables for row, _ in table})
+        shape = (rows, core.kv_heads, core.page_bytes)
+        if rows > 0:
+            made.core.add_rows(torch.empty(shape, dtype=torch.uint8, device=made.device))
+        longest = max(map(len, tables), default=0)
+        made.core.set_room(made._room(core.batch, max(64, 2 * longest)))
+        made.core.fill(core, made._codec)
+        return made
+
+    def save(self, path: str | os.PathLike[str]) -> int:
+        """Write the cache as :meth:`nqkv_rs.LayerCache.save` does, by way of host memory.
+
+        Args:
+            path: where to; a file there is replaced.
+
+        Returns:
+            Bytes written.
+        """
+        return self.to_host().save(path)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], layer: int = 0, *, device: Any = "cuda"
+    ) -> CudaLayerCache:
+        """A saved cache on a device; errors as for :meth:`nqkv_rs.LayerCache.load`.
+
+        Args:
+            path: what :meth:`save`, or that of another cache, wrote.
+            layer: which of the file's layers.
+            device: the CUDA device.
+        """
+        return cls.of_host(LayerCache.load(path, layer), device)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CudaLayerCache:
         return self.fork()

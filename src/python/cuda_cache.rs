@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use pyo3::prelude::*;
 
+use super::cache::{LayerCache, page_shape, pool_memory};
 use super::cuda::bytes;
 use super::device::OnDevice;
 use crate::cache::Keep;
@@ -276,6 +277,34 @@ impl CudaLayerCache {
 
     fn reset(&self) {
         self.lock().reset();
+    }
+
+    /// Rows that [`CudaLayerCache::to_host`] takes.
+    fn named_rows(&self) -> usize {
+        self.lock().named_rows()
+    }
+
+    /// The same cache in host memory, its pages in `pool`; `like` gives the stream, which is waited for.
+    fn to_host(&self, py: Python<'_>, pool: &Bound<'_, PyAny>, like: &Bound<'_, PyAny>) -> PyResult<LayerCache> {
+        let stream = OnDevice::new("like", like)?.stream;
+        let mut cache = self.lock();
+        let (data, rows, keep) = pool_memory(page_shape(cache.codec()), pool)?;
+        if rows != cache.named_rows() {
+            return Err(Error::shape("pool", format!("{} rows", cache.named_rows()), format!("{rows} rows")).into());
+        }
+        let (cache, data) = (&mut *cache, data.expose_provenance());
+        // SAFETY: `pool_memory` checked the pool; the capsule in `keep` keeps it alive.
+        let host = py.detach(|| unsafe { cache.to_host(std::ptr::with_exposed_provenance_mut(data), keep, stream) })?;
+        Ok(LayerCache::of(host))
+    }
+
+    /// Fills this cache, which has rows and a room but no tokens, with what `host` holds; `like` gives the stream.
+    fn fill(&self, py: Python<'_>, host: PyRef<'_, LayerCache>, like: &Bound<'_, PyAny>) -> PyResult<()> {
+        let stream = OnDevice::new("like", like)?.stream;
+        let host = host.fork_inner(py);
+        let mut cache = self.lock();
+        let cache = &mut *cache;
+        Ok(py.detach(|| cache.fill(&host, stream))?)
     }
 
     fn memory(&self) -> BTreeMap<&'static str, usize> {

@@ -113,14 +113,15 @@ class NqkvLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """
         return torch.empty((rows, kv_heads, page_bytes), dtype=torch.uint8)
 
-    def adopt(self, cache: LayerCache) -> None:
+    def adopt(self, cache: LayerCache | CudaLayerCache) -> None:
         """Hold what ``cache`` holds.
 
         Args:
             cache: a cache of this layer's scheme.
         """
         self.cache, self.kv_heads = cache, cache.core.kv_heads
-        self.dtype, self.device = getattr(torch, cache.core.exact_dtype), torch.device("cpu")
+        self.dtype = getattr(torch, cache.core.exact_dtype)
+        self.device = torch.device("cpu") if isinstance(cache, LayerCache) else cache.device
         self.is_initialized = True
 
     def update(

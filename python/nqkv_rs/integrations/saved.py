@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from nqkv_rs import _core
 from nqkv_rs.cache import LayerCache
+from nqkv_rs.cuda_cache import CudaLayerCache
 from nqkv_rs.integrations.layer import NqkvLayer
 from nqkv_rs.saved import map_saved, pages
 from nqkv_rs.scheme import Scheme
@@ -103,10 +104,7 @@ def save(path: str | os.PathLike[str], model: dict[str, Any] | None, layers: lis
         if isinstance(layer, NqkvLayer):
             cache = layer.cache
             if cache is not None and not isinstance(cache, LayerCache):
-                raise NotImplementedError(
-                    "save: expected a cache in host memory, got one on a CUDA device; saving those "
-                    "is not in this version"
-                )
+                cache = cache.to_host()
             saved.append(None if cache is None else cache.core)
         elif type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
             if layer.keys is None or layer.values is None or layer.get_seq_length() == 0:
@@ -130,6 +128,7 @@ def restore(
     layers: list[Any],
     pack: Callable[[list[Any], Scheme], list[Any]],
     strict: bool,
+    device: torch.device,
 ) -> None:
     """Fill a new cache from a file.
 
@@ -139,6 +138,7 @@ def restore(
         layers: the library's own layers for it.
         pack: puts packed layers in their places, by the file's scheme; returns all layers.
         strict: as for :func:`check_model`.
+        device: where the cache goes.
 
     Raises:
         ValueError: a file that cannot be read, or a cache of another model.
@@ -156,25 +156,33 @@ def restore(
         raise ValueError(f"{name}: saved cache: expected at least one packed layer, got none")
     for i, layer in enumerate(pack(layers, Scheme.of(header["schemes"][0]))):
         try:
-            _fill(layer, i, mapped, saved, header)
+            _fill(layer, i, mapped, saved, header, device)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
 
 
-def _fill(layer: Any, i: int, mapped: Any, saved: _core.SavedCache, header: dict[str, Any]) -> None:
+def _fill(
+    layer: Any,
+    i: int,
+    mapped: Any,
+    saved: _core.SavedCache,
+    header: dict[str, Any],
+    device: torch.device,
+) -> None:
     kind = header["layers"][i]["kind"]
     expected = "packed" if isinstance(layer, NqkvLayer) else "dense"
     if kind not in (expected, "empty"):
         raise ValueError(f"saved cache: expected layer {i} to be {expected}, got {kind}")
     if kind == "packed":
         core = saved.layer(i, torch.from_numpy(pages(mapped, saved, i)))
-        layer.adopt(LayerCache.of_saved(core, header, i, allocate=layer.allocate))
+        cache = LayerCache.of_saved(core, header, i, allocate=layer.allocate)
+        layer.adopt(cache if device.type == "cpu" else CudaLayerCache.of_host(cache, device))
     elif kind == "dense":
         tensors = []
         for which in ("keys", "values"):
             dtype, shape, start, stop = saved.tensor(f"layers.{i}.{which}")
             tensors.append(torch.from_numpy(mapped[start:stop].copy()).view(_DTYPES[dtype]))
-            tensors[-1] = tensors[-1].reshape(shape)
+            tensors[-1] = tensors[-1].reshape(shape).to(device)
         layer.lazy_initialization(*tensors)
         layer.keys, layer.values = tensors
         if hasattr(layer, "cumulative_length"):

@@ -176,6 +176,7 @@ class NqkvCache(Cache):
         *,
         prefill: Literal["exact", "quantized"] = "exact",
         strict: bool = False,
+        device: torch.device | str = "cpu",
     ) -> NqkvCache:
         """A saved cache over the mapped file: pages are not read into memory of their own.
 
@@ -188,6 +189,7 @@ class NqkvCache(Cache):
             prefill: as for the constructor.
             strict: as for the constructor; refuses a file that names another model of the same
                 shape, too, instead of warning.
+            device: "cpu" maps the file; a CUDA device gets a copy of it.
 
         Raises:
             ValueError: a truncated, damaged, foreign or newer file, or a cache of another model;
@@ -200,7 +202,10 @@ class NqkvCache(Cache):
             made._pack(layers, scheme, prefill, strict)
             return made.layers
 
-        saved.restore(path, config, _library_layers(config), pack, strict)
+        where = torch.device(device)
+        if where.type not in ("cpu", "cuda"):
+            raise ValueError(f"device: expected the CPU or a CUDA device, got {where}")
+        saved.restore(path, config, _library_layers(config), pack, strict, where)
         made._model = saved.describe(config)
         return made
 
