@@ -1,7 +1,8 @@
 //! Quantized KV caches for transformer inference. The data flows through the modules in this order:
 //!
-//! `codebook`, `codec`, `pack` (numbers and codes) -> `flat` (whole tensors) -> `scheme` (the recipe) -> `page` (the byte
-//! layout) -> `seal` (numbers into pages and back) -> `cache` (tables, tail, sinks) -> `attention` (on codes).
+//! `transform` (on the way in) -> `codebook`, `codec`, `pack` (numbers and codes) -> `flat` (whole tensors) -> `scheme` (the
+//! recipe) -> `page` (the byte layout) -> `seal` (numbers into pages and back) -> `cache` (tables, tail, sinks) -> `attention`
+//! (on codes).
 
 pub mod attention;
 pub mod cache;
@@ -19,6 +20,7 @@ mod parallel;
 pub mod scheme;
 pub mod seal;
 pub mod tensor;
+pub mod transform;
 
 #[cfg(feature = "python")]
 mod python;
