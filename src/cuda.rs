@@ -14,9 +14,11 @@ mod paged;
 mod read;
 mod room;
 mod seal;
+mod transform;
 
 pub use self::cache::DeviceCache;
 pub use self::codec::codec_bytes;
 pub use self::driver::{Device, Stream, device, driver_version, status};
 pub use self::kernels::Kernel;
 pub use self::room::{DeviceView, Room, Sizes};
+pub use self::transform::DeviceTransform;

@@ -10,6 +10,7 @@ mod cuda_cache;
 mod device;
 mod file;
 mod flat;
+mod transform;
 
 use pyo3::exceptions::{PyNotImplementedError, PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
@@ -91,6 +92,11 @@ mod _core {
     use super::file::{SavedCache, save};
     #[pymodule_export]
     use super::flat::{dequantize, quantize, quantized_sizes};
+    #[cfg(feature = "cuda")]
+    #[pymodule_export]
+    use super::transform::on_device::cuda_transform;
+    #[pymodule_export]
+    use super::transform::transform;
     #[pymodule_export]
     use super::{check_scheme, codebook, cpu_features, preset, presets};
 

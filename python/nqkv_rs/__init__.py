@@ -13,6 +13,7 @@ from nqkv_rs._core import PAGE_TOKENS, PAGE_VERSION, __version__
 from nqkv_rs.cache import LayerCache
 from nqkv_rs.flat import Quantized, codebook, dequantize, quantize
 from nqkv_rs.scheme import Scheme, Side, presets
+from nqkv_rs.transform import Transform, transform
 
 if TYPE_CHECKING:
     from nqkv_rs.integrations.enable import disable, enable
@@ -26,6 +27,7 @@ __all__ = [
     "Quantized",
     "Scheme",
     "Side",
+    "Transform",
     "__version__",
     "codebook",
     "cuda_is_available",
@@ -34,6 +36,7 @@ __all__ = [
     "enable",
     "presets",
     "quantize",
+    "transform",
     "warmup",
 ]
 

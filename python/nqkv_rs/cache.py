@@ -14,6 +14,7 @@ from nqkv_rs import _core
 from nqkv_rs._arguments import dimensions, real, whole, wholes
 from nqkv_rs.saved import map_saved, pages
 from nqkv_rs.scheme import Scheme
+from nqkv_rs.transform import Transform, transform
 
 __all__ = ["LayerCache"]
 
@@ -102,7 +103,9 @@ class LayerCache:
         """
         return self.core.pool()
 
-    def append(self, k: Any, v: Any) -> None:
+    def append(
+        self, k: Any, v: Any, *, keys: Transform | None = None, values: Transform | None = None
+    ) -> None:
         """Append the same number of tokens to every sequence.
 
         One by one or in bulk, the bytes are the same.
@@ -110,11 +113,15 @@ class LayerCache:
         Args:
             k: keys, ``[batch, kv_heads, tokens, key_dim]``; must be finite.
             v: values, ``[batch, kv_heads, tokens, value_dim]``; must be finite.
+            keys: what is done to the keys first.
+            values: what is done to the values first.
 
         Raises:
             ValueError: a wrong shape, or a NaN or infinity (named by its index).
             TypeError: a wrong dtype or device. After any error the cache is as it was.
         """
+        k = k if keys is None else transform(k, keys)
+        v = v if values is None else transform(v, values)
         # Asked again after every allocation: other threads may have taken the rows meanwhile.
         while missing := self.core.try_append(k, v):
             rows = self._allocate(missing, self.core.kv_heads, self.core.page_bytes)

@@ -14,6 +14,7 @@ from nqkv_rs import _core
 from nqkv_rs._arguments import whole
 from nqkv_rs.cache import LayerCache
 from nqkv_rs.scheme import Scheme
+from nqkv_rs.transform import Transform, transform
 
 __all__ = ["CudaLayerCache"]
 
@@ -137,17 +138,28 @@ class CudaLayerCache:
             # Twice what is needed: a longer table is a copy of the old one.
             self.core.set_room(self._room(self.core.batch, max(64, 2 * pages)))
 
-    def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
+    def append(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        keys: Transform | None = None,
+        values: Transform | None = None,
+    ) -> None:
         """Append the same number of tokens to every sequence.
 
         Args:
             k: keys, ``[batch, kv_heads, tokens, key_dim]``, any float dtype and strides.
             v: values.
+            keys: what is done to the keys first.
+            values: what is done to the values first.
 
         Raises:
             ValueError: a wrong shape.
             TypeError: a wrong dtype or device.
         """
+        k = k if keys is None else transform(k, keys)
+        v = v if values is None else transform(v, values)
         if k.dim() == 4 and k.shape[2] > 0:
             self._make_room(k.shape[2])
         self.core.append(k, v)

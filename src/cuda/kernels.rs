@@ -75,6 +75,7 @@ kernels! {
         SealValuesF16 = "seal_values_f16",
         SealValuesBf16 = "seal_values_bf16",
     ],
+    "transform": [TransformRows = "transform_rows"],
     "read": [
         ReadF32 = "read_f32",
         ReadF16 = "read_f16",
