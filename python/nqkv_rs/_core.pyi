@@ -18,6 +18,7 @@ __all__ = [
     "cuda_driver_version",
     "cuda_quantize",
     "cuda_status",
+    "cuda_transform",
     "cuda_warm_up",
     "dequantize",
     "preset",
@@ -25,6 +26,7 @@ __all__ = [
     "quantize",
     "quantized_sizes",
     "save",
+    "transform",
 ]
 
 __version__: str
