@@ -1,8 +1,8 @@
 """Tensor codecs on a CUDA device, side by side with a copy and with bitsandbytes, in one run.
 
 Times are medians of single calls between two events; the L2 cache is flushed before each by reading
-a buffer larger than it. ``bytes`` are those that the work must read and write. ``--json`` prints
-one object per row with the keys
+a buffer larger than it. ``bytes`` are those that the work must read and write; ``read only`` is a
+sum. ``--json`` prints one object per row with the keys
 ``work, shape, scheme, us, bytes, tb_per_s, percent_of_copy, peer, peer_us, ratio``.
 """
 
@@ -76,7 +76,7 @@ def flat(clock: Clock, elements: int) -> Iterator[dict[str, Any]]:
     x = torch.randn(elements, device="cuda").bfloat16()
     q = nqkv_rs.quantize(x, flat=True, order="high")
     out = torch.empty_like(x)
-    source = torch.empty_like(x)
+    source = x.clone()
     from nqkv_rs import _core
 
     words = ("nf4", 64, "absmax", "fp32", True, "high")
@@ -84,6 +84,7 @@ def flat(clock: Clock, elements: int) -> Iterator[dict[str, Any]]:
         lambda: _core.cuda_quantize(x, q.codes, q.fields, *words),
         lambda: nqkv_rs.dequantize(q, out=out),
         lambda: out.copy_(source),
+        lambda: source.view(torch.float32).sum(),
     ]
     peer = "none"
     try:
@@ -97,13 +98,14 @@ def flat(clock: Clock, elements: int) -> Iterator[dict[str, Any]]:
         peer = "bitsandbytes"
     except ImportError:
         pass
-    quantize, dequantize, copy, *theirs = clock.medians(calls)
+    quantize, dequantize, copy, read, *theirs = clock.medians(calls)
     theirs = theirs or [copy, copy]
     copied = 4 * elements / copy / 1e6
     size = 2 * elements + q.codes.numel() + q.fields.numel()
     shape = f"flat:{elements}"
     name = peer if peer != "none" else "copy of bf16"
     yield row("copy", shape, "bf16", copy, 4 * elements, copied, "copy of bf16", copy)
+    yield row("read only", shape, "bf16", read, 2 * elements, copied, "copy of bf16", copy)
     yield row("quantize", shape, "nf4 block 64", quantize, size, copied, name, theirs[0])
     yield row("dequantize", shape, "nf4 block 64", dequantize, size, copied, name, theirs[1])
 

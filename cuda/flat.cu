@@ -2,8 +2,8 @@
 // target: compute_80
 // isa: 8.0
 //
-// Fast: 4-bit codes of whole blocks of 16 to 256 elements (a power of two), a lane for eight elements. Codes are chosen by a
-// table of cells. Any: every other spec, in two passes (fields, then codes).
+// Plain: flat_plain.cuh. Fast: 4-bit codes of whole blocks of 16 to 256 elements (a power of two), a lane for eight elements. Codes
+// are chosen by a table of cells. Any: every other spec, in two passes (fields, then codes).
 #include "codec.cuh"
 
 struct FlatArguments {
@@ -19,6 +19,8 @@ struct FlatArguments {
   float level[256], threshold[256];
 };
 static_assert(sizeof(FlatArguments) == 104 + 2048, "as in src/cuda/flat.rs");
+
+#include "flat_plain.cuh"
 
 namespace nqkv {
 
@@ -39,12 +41,6 @@ template <class T> struct Eight {
     }
   }
 };
-
-DEVICE void report(unsigned long long* bad, unsigned long long index) {
-  if (bad) atomicMin(bad, index);
-}
-
-constexpr unsigned ALL = 0xffffffff;
 
 // f over the lanes of a block: LANES, or `lanes` where that is 0.
 template <int LANES, class F> DEVICE float over_lanes(float x, int lanes, F f) {
@@ -116,39 +112,20 @@ DEVICE Fields block_fields(const float (&v)[8], int lanes, int kind, int dtype) 
   return {round_field(top, dtype), 0.f};
 }
 
-// The larger magnitude; a NaN stays one.
-DEVICE float larger_or_nan(float x, float y) {
-  float z;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(fabsf(y)));
-  return z;
-}
-
 // Codes of eight numbers, and their block's fields.
-template <bool PLAIN>
 DEVICE void quantize_eight(const FlatArguments& a, uint32_t cells, const float (&v)[8], int lane, int lanes, long long i, bool write) {
-  Fields f;
-  float top = 0.f;  // not finite if a number of the block is not
+  const Fields f = block_fields(v, lanes, a.kind, a.scale_dtype);
+  float top = 0.f;  // not finite if a number of the eight is not
 #pragma unroll
   for (int j = 0; j < 8; j++) top = larger_or_nan(top, v[j]);
-  if constexpr (PLAIN) {
-    top = over_lanes<8>(top, 8, [](float x, float y) { return larger_or_nan(x, y); });
-    f = {top, 0.f};
-  } else {
-    f = block_fields(v, lanes, a.kind, a.scale_dtype);
-  }
   const float r = inverse(f.scale), cell_scale = r * a.cell_scale;
   uint32_t word = 0;
 #pragma unroll
-  for (int j = 7; j >= 0; j--) {
-    const float x = PLAIN ? v[j] : v[j] - f.zero;
-    push_code(word, cells, x * r, x, cell_scale, a.cell_offset);
-  }
+  for (int j = 7; j >= 0; j--) push_code(word, cells, (v[j] - f.zero) * r, v[j] - f.zero, cell_scale, a.cell_offset);
   if (a.high_first) word = (word & 0x0f0f0f0f) << 4 | (word >> 4 & 0x0f0f0f0f);
   if (!write) return;
   ((uint32_t*)a.codes)[i] = word;
-  if (PLAIN) {
-    if ((lane & 7) == 0) ((float*)a.fields)[i / 8] = top;
-  } else if ((lane & (lanes - 1)) == 0) {
+  if ((lane & (lanes - 1)) == 0) {
     const int bytes = bytes_of(a.scale_dtype), kinds = fields_of(a.kind);
     uint8_t* to = a.fields + i / lanes * (kinds * bytes);
     write_field(to, f.scale, a.scale_dtype);
@@ -157,35 +134,21 @@ DEVICE void quantize_eight(const FlatArguments& a, uint32_t cells, const float (
   if (!(top <= 3.402823466e38f)) report(a.bad, 8 * i);
 }
 
-// PLAIN: absmax in fp32 over blocks of 64, what most tensors are quantized with; otherwise any kind, dtype and block.
-template <class T, bool PLAIN> DEVICE void quantize_fast(const FlatArguments& a) {
+// Blocks of any kind and dtype: a lane for eight elements.
+template <class T> DEVICE void quantize_fast(const FlatArguments& a) {
   __shared__ float2 table[CELLS * 32];
   fill_cells(table, a.threshold, a.levels, a.cell_scale, a.cell_offset);
   __syncthreads();
-  const int lane = threadIdx.x & 31, lanes = PLAIN ? 8 : a.block / 8;
+  const int lane = threadIdx.x & 31, lanes = a.block / 8;
   const uint32_t cells = cells_of_lane(table);
-  const T* x = (const T*)a.x;
   const long long eights = a.first / 8, stride = (long long)gridDim.x * blockDim.x;
-  constexpr int AHEAD = !PLAIN ? 1 : sizeof(T) == 2 ? 4 : 2;
-  long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
-  float v[8];
-  for (; i - lane + (AHEAD - 1) * stride + 32 <= eights; i += AHEAD * stride) {
-    Eight<T> held[AHEAD];
-#pragma unroll
-    for (int k = 0; k < AHEAD; k++) held[k].load(x + 8 * (i + k * stride));
-#pragma unroll
-    for (int k = 0; k < AHEAD; k++) {
-      held[k].numbers(v);
-      quantize_eight<PLAIN>(a, cells, v, lane, lanes, i + k * stride, true);
-    }
-  }
-  // The end, and warps whose upper lanes have nothing left.
 #pragma unroll 1
-  for (; i - lane < eights; i += stride) {
+  for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i - lane < eights; i += stride) {
+    float v[8];
     Eight<T> held = {};
-    if (i < eights) held.load(x + 8 * i);
+    if (i < eights) held.load((const T*)a.x + 8 * i);
     held.numbers(v);
-    quantize_eight<PLAIN>(a, cells, v, lane, lanes, i, i < eights);
+    quantize_eight(a, cells, v, lane, lanes, i, i < eights);
   }
 }
 
@@ -201,41 +164,43 @@ template <class T> DEVICE void store_eight(T* to, const float (&v)[8]) {
   }
 }
 
-// 4-bit codes of whole blocks: a lane for eight codes.
-template <class T> DEVICE void dequantize_fast(const FlatArguments& a) {
-  __shared__ float table[16 * 32];
-  for (int e = threadIdx.x; e < 16 * 32; e += blockDim.x) table[e] = a.level[min(e / 32, a.levels - 1)];
-  __syncthreads();
-  const int lane = threadIdx.x & 31, bytes = bytes_of(a.scale_dtype), kinds = fields_of(a.kind), per = a.block / 8;
-  const char* mine = (const char*)(table + lane);
-  const long long eights = a.first / 8, stride = (long long)gridDim.x * blockDim.x;
+// 4-bit codes of whole blocks, a lane for eight codes; levels stand in the lanes' registers. PLAIN: see flat_plain.cuh.
+template <class T, bool PLAIN> DEVICE void dequantize_fast(const FlatArguments& a) {
   constexpr int AHEAD = 4;
-  for (long long base = (long long)blockIdx.x * blockDim.x + threadIdx.x; base < eights; base += stride * AHEAD) {
-    uint32_t words[AHEAD];
-    Fields fields[AHEAD];
+  const int lane = threadIdx.x & 31, bytes = bytes_of(a.scale_dtype), kinds = fields_of(a.kind);
+  const float level = a.level[min(lane % 16, a.levels - 1)];
+  const uint32_t eights = uint32_t(a.first / 8), per = PLAIN ? 8 : a.block / 8, stride = gridDim.x * blockDim.x * AHEAD;
+  for (uint32_t first = (blockIdx.x * blockDim.x + threadIdx.x & ~31) * AHEAD; first < eights; first += stride) {
+    uint32_t words[AHEAD] = {};
+    Fields fields[AHEAD] = {};
 #pragma unroll
     for (int k = 0; k < AHEAD; k++) {
-      const long long i = base + k * stride;
+      const uint32_t i = first + 32 * k + lane;
       if (i >= eights) break;
       words[k] = __ldcs((const uint32_t*)a.codes + i);
-      const uint8_t* from = a.fields + i / per * (kinds * bytes);
-      fields[k] = {read_field(from, a.scale_dtype), kinds == 2 ? read_field(from + bytes, a.scale_dtype) : 0.f};
+      if constexpr (PLAIN) {
+        fields[k].scale = __ldg((const float*)a.fields + i / per);
+      } else {
+        const uint8_t* from = a.fields + (long long)(i / per) * (kinds * bytes);
+        fields[k] = {read_field(from, a.scale_dtype), kinds == 2 ? read_field(from + bytes, a.scale_dtype) : 0.f};
+      }
     }
 #pragma unroll
     for (int k = 0; k < AHEAD; k++) {
-      const long long i = base + k * stride;
-      if (i >= eights) break;
+      const uint32_t i = first + 32 * k + lane;
       uint32_t w = words[k];
       if (a.high_first) w = (w & 0x0f0f0f0f) << 4 | (w >> 4 & 0x0f0f0f0f);
       float v[8];
 #pragma unroll
-      for (int j = 0; j < 8; j++) {
-        const uint32_t at = (j < 2 ? w << (7 - 4 * j) : w >> (4 * j - 7)) & 0x780;
-        v[j] = __fmaf_rn(*(const float*)(mine + at), fields[k].scale, fields[k].zero);
-      }
-      store_eight((T*)a.out + 8 * i, v);
+      for (int j = 0; j < 8; j++) v[j] = __fmaf_rn(__shfl_sync(ALL, level, w >> 4 * j), fields[k].scale, fields[k].zero);
+      if (i < eights) store_eight((T*)a.out + 8ll * i, v);
     }
   }
+}
+
+template <class T> DEVICE void dequantize(const FlatArguments& a) {
+  if (a.block == 64 && a.scale_dtype == FP32 && fields_of(a.kind) == 1) dequantize_fast<T, true>(a);
+  else dequantize_fast<T, false>(a);
 }
 
 // The block in which an element lies.
@@ -328,9 +293,9 @@ template <class T> DEVICE void values_any(const FlatArguments& a) {
 using namespace nqkv;
 
 #define KERNELS(NAME, T)                                                                                        \
-  extern "C" __global__ void __launch_bounds__(256) flat_quantize_##NAME(const __grid_constant__ FlatArguments a) { quantize_fast<T, true>(a); } \
-  extern "C" __global__ void __launch_bounds__(256) flat_quantize_fields_##NAME(const __grid_constant__ FlatArguments a) { quantize_fast<T, false>(a); } \
-  extern "C" __global__ void __launch_bounds__(256) flat_dequantize_##NAME(const __grid_constant__ FlatArguments a) { dequantize_fast<T>(a); } \
+  extern "C" __global__ void __launch_bounds__(256) flat_quantize_##NAME(const __grid_constant__ FlatArguments a) { quantize_plain<T>(a); } \
+  extern "C" __global__ void __launch_bounds__(256) flat_quantize_fields_##NAME(const __grid_constant__ FlatArguments a) { quantize_fast<T>(a); } \
+  extern "C" __global__ void __launch_bounds__(256) flat_dequantize_##NAME(const __grid_constant__ FlatArguments a) { dequantize<T>(a); } \
   extern "C" __global__ void __launch_bounds__(128) flat_fields_any_##NAME(const __grid_constant__ FlatArguments a) { fields_any<T>(a); } \
   extern "C" __global__ void __launch_bounds__(256) flat_codes_any_##NAME(const __grid_constant__ FlatArguments a) { codes_any<T>(a); } \
   extern "C" __global__ void __launch_bounds__(256) flat_values_any_##NAME(const __grid_constant__ FlatArguments a) { values_any<T>(a); }

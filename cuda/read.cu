@@ -3,20 +3,9 @@
 // target: compute_80
 // isa: 8.0
 //
-// A warp takes 64 tokens of as many slabs of a head as make 128 bytes a token, its codes 16 bytes a lane. Numbers go through
-// shared memory, since in fragment order a lane's neighbours in memory are other lanes'. The levels stand there too, a copy for
-// each lane. Blocks beyond those of the pages write what is exact: sinks, tail, and the zeros past a sequence's end.
-#include "page.cuh"
-
-struct ReadSide {
-  uint8_t* out;  // [batch, heads, tokens, dim]
-  const uint8_t *sinks, *tail;
-  const float* level;
-  int slabs, tiles;      // of a head
-  int per_token, block;  // slabs of a per-token block
-  int group;             // tokens of a per-channel block
-  int spans_heads, blocks, code_bytes, half_offset, fields, field_size, scale_dtype, levels, padding;
-};
+// A warp takes a tile (read_tile.cuh). Blocks beyond those of the pages write what is exact: sinks, tail, and the zeros past a
+// sequence's end.
+#include "read_tile.cuh"
 
 struct ReadArguments {
   const int4* counts;  // sinks, pages, tail, open
@@ -32,140 +21,45 @@ static_assert(sizeof(ReadSide) == 88 && sizeof(ReadArguments) == 80 + 2 * 88, "a
 namespace nqkv {
 
 constexpr unsigned long long ADDRESS = (1ull << 56) - 1;
-constexpr int WARPS = 8, ROW_BYTES = 128;
+constexpr int WARPS = 8;
 
 // Tokens of a sequence in pages, if all but the last are full.
 DEVICE int packed_of(const ReadArguments& a, int b, const int4& n) {
   return n.y > 0 ? (n.y - 1) * PAGE_TOKENS + int(__ldg(a.table + b * a.capacity + n.y - 1) >> 56) : 0;
 }
 
-// e4m3, which takes a hundred times the code, goes the other way.
-DEVICE float field(const ReadSide& s, const uint8_t* half, int place) {
-  const uint8_t* from = half + s.code_bytes + s.field_size * place;
-  if (s.scale_dtype == FP32) return read_field(from, FP32);
-  return s.scale_dtype == FP16 ? read_field(from, FP16) : read_field(from, BF16);
-}
-
-// Four of 16 bits that follow each other, the first of them on a place divisible by four.
-DEVICE void four_fields(float (&x)[4], const ReadSide& s, const uint8_t* half, int place) {
-  const uint8_t* from = half + s.code_bytes + s.field_size * place;
-  const uint2 w = __ldg((const uint2*)from);
-#pragma unroll
-  for (int k = 0; k < 4; k++) {
-    const uint32_t word = k < 2 ? w.x : w.y;
-    x[k] = s.scale_dtype == FP16 ? number_in<__half>(word, k % 2) : number_in<__nv_bfloat16>(word, k % 2);
-  }
-}
-
-// Eight numbers of a word of codes: number j with the fields that which(j) names.
-template <int COUNT, class W> DEVICE void decode(float (&x)[8], uint32_t w, const char* levels, const float (&scale)[COUNT], const float (&zero)[COUNT], W which) {
-#pragma unroll
-  for (int j = 0; j < 8; j++) {
-    const uint32_t at = (j < 2 ? w << (7 - 4 * j) : w >> (4 * j - 7)) & 0x780;
-    x[j] = __fmaf_rn(*(const float*)(levels + at), scale[which(j)], zero[which(j)]);
-  }
-}
-
-template <class T> DEVICE uint32_t bits_of(float low, float high);
-template <> DEVICE uint32_t bits_of<__half>(float low, float high) {
-  const __half2 h = __floats2half2_rn(low, high);
-  return *(const uint32_t*)&h;
-}
-template <> DEVICE uint32_t bits_of<__nv_bfloat16>(float low, float high) {
-  const __nv_bfloat162 h = __floats2bfloat162_rn(low, high);
-  return *(const uint32_t*)&h;
-}
-
-// Eight keys or values of strip a, slab i, into this warp's tokens in shared memory: 16-byte pieces of a token are in the order of
-// its last three bits.
-template <class T, bool VALUE> DEVICE void put(uint8_t* room, const float (&x)[8], int strip, int slab) {
-  const int lane = threadIdx.x & 31, q = lane / 4, t = lane % 4;
-#pragma unroll
-  for (int m = 0; m < 4; m++) {
-    const int n = 16 * strip + (VALUE ? 2 * t + m / 2 * 8 : q + m % 2 * 8), c = 16 * slab + (VALUE ? q + m % 2 * 8 : 2 * t + m / 2 * 8);
-    auto at = [&](int n, int c) { return room + n * ROW_BYTES + ((c * int(sizeof(T)) / 16 ^ n % 8) * 16 | c * int(sizeof(T)) % 16); };
-    if constexpr (VALUE) {
-      *(T*)at(n, c) = from_float<T>(x[2 * m]);
-      *(T*)at(n + 1, c) = from_float<T>(x[2 * m + 1]);
-    } else if constexpr (sizeof(T) == 2) {
-      *(uint32_t*)at(n, c) = bits_of<T>(x[2 * m], x[2 * m + 1]);
-    } else {
-      *(float2*)at(n, c) = make_float2(x[2 * m], x[2 * m + 1]);
-    }
-  }
-}
-
-template <class T, bool VALUE> DEVICE void read_page(const ReadArguments& a, const ReadSide& s, uint8_t* room, const char* levels, int number) {
-  constexpr int SLABS = ROW_BYTES / (SLAB_CHANNELS * int(sizeof(T)));
-  const int lane = threadIdx.x & 31, rest = number / unsigned(s.tiles), first = (number - rest * s.tiles) * SLABS;
-  const int row = rest / unsigned(a.heads), h = rest - row * a.heads, b = row / unsigned(a.pages), page = a.first_page + row - b * a.pages;
+// One tile of a page by one warp.
+template <class T, bool VALUE> DEVICE void read_page(const ReadArguments& a, const ReadSide& s, Room& room, float level, int number) {
+  const int lane = lane_of(), rest = number / unsigned(s.tiles), tile = number - rest * s.tiles;
+  // Pages that follow each other are written by neighbours: a row of the output stays together.
+  const int row = rest / unsigned(a.pages), page = a.first_page + rest - row * a.pages, b = row / unsigned(a.heads), h = row - b * a.heads;
   if (b >= a.batch) return;
   const int4 n = __ldg(a.counts + b);
   const int start = n.x + page * PAGE_TOKENS - a.from;  // of slot 0 in the output
   if (page >= n.y || start >= a.tokens || start + PAGE_TOKENS <= 0) return;
   const unsigned long long entry = __ldg(a.table + b * a.capacity + page);
-  const int low = max(0, -start), high = min(int(entry >> 56), a.tokens - start), have = min(SLABS, s.slabs - first);
-  const uint8_t* half = (const uint8_t*)(entry & ADDRESS) + (long long)h * a.page_bytes + s.half_offset;
-  uint4 codes[SLABS];
+  Tile t;
+  t.head = h, t.first = tile * TILE, t.have = min(TILE, s.slabs - t.first);
+  t.low = max(0, -start), t.high = min(int(entry >> 56), a.tokens - start);
+  t.half = (const uint8_t*)(entry & ADDRESS) + (long long)h * a.page_bytes + s.half_offset;
+  t.out = s.out + ((((long long)b * a.heads + h) * a.tokens + start) * s.slabs + t.first) * (SLAB_CHANNELS * int(sizeof(T)));
+  const uint32_t to = uint32_t(__cvta_generic_to_shared(room.codes)) + lane * 16;
 #pragma unroll
-  for (int i = 0; i < SLABS; i++)
-    if (i < have) codes[i] = __ldg((const uint4*)(half + 512 * (first + i)) + lane);
-  auto word = [&](int i, int p) { return p == 0 ? codes[i].x : p == 1 ? codes[i].y : p == 2 ? codes[i].z : codes[i].w; };
-  float x[8];
-  if (!VALUE && !s.per_token) {
-    constexpr auto which = [](int j) { return j % 2 + j / 4 * 2; };
-#pragma unroll
-    for (int i = 0; i < SLABS; i++) {
-      if (i >= have) break;
-      float scale[4], zero[4];
-#pragma unroll 1
-      for (int p = 0; p < 4; p++) {
-        if (16 * p % s.group == 0) {
-          const int place = s.fields * (16 * (first + i + 16 * p / s.group * s.slabs) + 4 * (lane % 4));
-#pragma unroll
-          for (int k = 0; k < 4; k++) scale[k] = zero[k] = 0.f;
-          four_fields(scale, s, half, place);
-          if (s.fields == 2) four_fields(zero, s, half, place + 4);
-        }
-        decode(x, word(i, p), levels, scale, zero, which);
-        put<T, false>(room, x, p, i);
-      }
-    }
-  } else {
-    constexpr int COUNT = VALUE ? 4 : 2;
-    constexpr auto which = [](int j) { return VALUE ? j % 2 + j / 4 * 2 : j / 2 % 2; };
-    const int before = s.spans_heads ? h * s.slabs : 0;
-#pragma unroll 1
-    for (int p = 0; p < 4; p++) {
-      float scale[COUNT], zero[COUNT];
-      int block = -1;
-#pragma unroll
-      for (int i = 0; i < SLABS; i++) {
-        if (i >= have) break;
-        const int mine = (before + first + i) / unsigned(s.block) - before / unsigned(s.block);
-        if (mine != block) {
-          block = mine;
-#pragma unroll
-          for (int k = 0; k < COUNT; k++) {
-            const int slot = 16 * p + (VALUE ? lane % 4 * 2 + k % 2 + k / 2 * 8 : lane / 4 + 8 * k);
-            const int place = s.fields * s.blocks * (8 * (slot % 8) + 2 * (slot / 16) + slot / 8 % 2) + block;
-            scale[k] = field(s, half, place);
-            zero[k] = s.fields == 2 ? field(s, half, place + s.blocks) : 0.f;
-          }
-        }
-        decode(x, word(i, p), levels, scale, zero, which);
-        put<T, VALUE>(room, x, p, i);
-      }
-    }
-  }
+  for (int i = 0; i < TILE; i++)
+    if (i < t.have) copy_16(to + i * SLAB_STRIDE, t.half + SLAB_BYTES * (t.first + i) + lane * 16, true);
+  copy_fields(s, t, VALUE || s.per_token, room.fields);
+  asm volatile("cp.async.wait_all;" ::: "memory");
   __syncwarp();
-  const int piece = lane % 8, token = s.slabs * SLAB_CHANNELS * int(sizeof(T));
-  uint8_t* out = s.out + (((long long)b * a.heads + h) * a.tokens + start) * token + first * SLAB_CHANNELS * int(sizeof(T)) + piece * 16;
-  if (piece >= have * int(sizeof(T))) return;
-#pragma unroll
-  for (int q = 0; q < PAGE_TOKENS / 4; q++) {
-    const int slot = lane / 8 + 4 * q;
-    if (slot >= low && slot < high) __stcs((uint4*)(out + (long long)slot * token), *(const uint4*)(room + slot * ROW_BYTES + (piece ^ slot % 8) * 16));
+  const bool whole = t.low == 0 && t.high == PAGE_TOKENS && t.have == TILE;
+  if constexpr (VALUE) {
+    if (whole) read_values<T, true>(s, t, room, level);
+    else read_values<T, false>(s, t, room, level);
+  } else if (s.per_token) {
+    if (whole) read_keys<T, true, true>(s, t, room, level);
+    else read_keys<T, true, false>(s, t, room, level);
+  } else {
+    if (whole) read_keys<T, false, true>(s, t, room, level);
+    else read_keys<T, false, false>(s, t, room, level);
   }
 }
 
@@ -201,20 +95,16 @@ template <class T> DEVICE void read_exact(const ReadArguments& a, const ReadSide
 }
 
 template <class T> DEVICE void read(const ReadArguments& a) {
-  extern __shared__ __align__(128) uint8_t shared[];
-  __shared__ float level[16 * 32];
+  __shared__ __align__(128) Room rooms[WARPS];
   const int side = blockIdx.y, warp = threadIdx.x / 32;
   const ReadSide& s = a.side[side];
   if (int(blockIdx.x) >= a.page_blocks) {
     read_exact<T>(a, s, blockIdx.x - a.page_blocks);
     return;
   }
-  for (int e = threadIdx.x; e < 16 * 32; e += blockDim.x) level[e] = s.level[min(e / 32, s.levels - 1)];
-  __syncthreads();
-  const char* levels = (const char*)(level + (threadIdx.x & 31));
-  uint8_t* room = shared + warp * PAGE_TOKENS * ROW_BYTES;
-  if (side) read_page<T, true>(a, s, room, levels, blockIdx.x * WARPS + warp);
-  else read_page<T, false>(a, s, room, levels, blockIdx.x * WARPS + warp);
+  const float level = __ldg(s.level + min(lane_of() % 16, s.levels - 1));
+  if (side) read_page<T, true>(a, s, rooms[warp], level, blockIdx.x * WARPS + warp);
+  else read_page<T, false>(a, s, rooms[warp], level, blockIdx.x * WARPS + warp);
 }
 
 }  // namespace nqkv

@@ -38,6 +38,22 @@ struct Arguments {
 const _: () = assert!(size_of::<Arguments>() == 104 + 2048);
 
 const THREADS: usize = 256;
+/// Blocks of threads for each processor, so that the device is full once.
+const QUANTIZE_BLOCKS: usize = 4;
+const DEQUANTIZE_BLOCKS: usize = 8;
+/// Elements that kernels which count them by eights in 32 bits take.
+const MOST: i64 = 1 << 34;
+
+/// Whether each cell of the table in `cuda/flat_plain.cuh` holds at most one threshold.
+fn fits_plain_cells(thresholds: &[f32]) -> bool {
+    const SCALE: f64 = 31.0;
+    // What the table's own rounding may move a threshold by, in cells.
+    const HAIR: f64 = 0.01;
+    (-32..32).all(|cell| {
+        let ends = [-0.5 - HAIR, 0.5 + HAIR].map(|e| (f64::from(cell) + e) / SCALE);
+        thresholds.iter().filter(|&&t| ends[0] <= f64::from(t) && f64::from(t) <= ends[1]).count() <= 1
+    })
+}
 
 /// A contiguous tensor on a device.
 #[derive(Debug, Clone, Copy)]
@@ -68,6 +84,8 @@ pub struct FlatCodec {
     arguments: Arguments,
     /// Codes can be chosen by cells.
     cells: bool,
+    /// Those of absmax in fp32 over blocks of 64 by cells that need no offset.
+    plain: bool,
 }
 
 impl FlatCodec {
@@ -102,7 +120,10 @@ impl FlatCodec {
         a.threshold[..book.thresholds().len()].copy_from_slice(book.thresholds());
         let laid = if a.bits == 4 { cells(book.thresholds()) } else { None };
         (a.cell_scale, a.cell_offset) = laid.unwrap_or_default();
-        Self { spec, arguments: a, cells: laid.is_some() }
+        let plain = (spec.block, spec.kind, spec.scale_dtype) == (64, ScaleKind::Absmax, ScaleDtype::Fp32)
+            && a.bits == 4
+            && fits_plain_cells(book.thresholds());
+        Self { spec, arguments: a, cells: laid.is_some(), plain }
     }
 
     /// The spec.
@@ -142,21 +163,16 @@ impl Arguments {
         }
     }
 
-    /// Launches for `elements` of which one block of threads does `each`, but no more blocks than fill the device.
-    unsafe fn launch(
-        &mut self,
-        device: &Device,
-        stream: Stream,
-        kernel: Kernel,
-        threads: usize,
-        elements: i64,
-        each: usize,
-    ) -> Result<()> {
-        let blocks = (elements as usize).div_ceil(each).min(device.processors() * 4);
+    unsafe fn launch(&mut self, device: &Device, stream: Stream, kernel: Kernel, threads: usize, blocks: usize) -> Result<()> {
         let argument: *mut c_void = (&raw mut *self).cast();
         // SAFETY: the caller's promise, passed on; the one parameter is this struct.
         unsafe { device.launch(kernel, (blocks, 1, 1), threads, 0, stream, &mut [argument]) }
     }
+}
+
+/// Blocks for `elements` of which each does `each`, but at most `most` for each processor.
+fn blocks(device: &Device, elements: i64, each: usize, most: usize) -> usize {
+    (elements as usize).div_ceil(each).min(device.processors() * most)
 }
 
 /// One of three kernels, by element type.
@@ -181,24 +197,26 @@ impl FlatCodec {
         let lanes = spec.block.is_power_of_two() && spec.block <= 256;
         let aligned = x.address.is_multiple_of(16) && to.codes.is_multiple_of(4);
         use Kernel as K;
-        if lanes && aligned && self.cells {
+        if lanes && aligned && (self.cells || self.plain) {
             a.first = a.whole_blocks();
-            let plain = (spec.block, spec.kind, spec.scale_dtype) == (64, ScaleKind::Absmax, ScaleDtype::Fp32);
-            let kernels = if plain {
+            let kernels = if self.plain {
+                a.first = a.first.min(MOST);
                 [K::FlatQuantizeF32, K::FlatQuantizeF16, K::FlatQuantizeBf16]
             } else {
                 [K::FlatQuantizeFieldsF32, K::FlatQuantizeFieldsF16, K::FlatQuantizeFieldsBf16]
             };
+            let kernel = by_dtype(x.dtype, kernels);
             // SAFETY: the caller's promise.
-            unsafe { a.launch(device, stream, by_dtype(x.dtype, kernels), THREADS, a.first, 8 * THREADS)? };
+            unsafe { a.launch(device, stream, kernel, THREADS, blocks(device, a.first, 8 * THREADS, QUANTIZE_BLOCKS))? };
         }
         if a.first < a.n {
             let fields = by_dtype(x.dtype, [K::FlatFieldsAnyF32, K::FlatFieldsAnyF16, K::FlatFieldsAnyBf16]);
             let codes = by_dtype(x.dtype, [K::FlatCodesAnyF32, K::FlatCodesAnyF16, K::FlatCodesAnyBf16]);
+            let rest = a.n - a.first;
             // SAFETY: the caller's promise.
             unsafe {
-                a.launch(device, stream, fields, 128, a.n - a.first, 4 * spec.block)?;
-                a.launch(device, stream, codes, THREADS, a.n - a.first, 8 * THREADS)?;
+                a.launch(device, stream, fields, 128, blocks(device, rest, 4 * spec.block, QUANTIZE_BLOCKS))?;
+                a.launch(device, stream, codes, THREADS, blocks(device, rest, 8 * THREADS, QUANTIZE_BLOCKS))?;
             }
         }
         Ok(())
@@ -214,15 +232,15 @@ impl FlatCodec {
         let gapless = out.row == out.len || out.row.is_multiple_of(self.spec.block);
         use Kernel as K;
         if aligned && gapless && a.bits == 4 {
-            a.first = a.n / 8 * 8;
+            a.first = (a.n / 8 * 8).min(MOST);
             let kernel = by_dtype(out.dtype, [K::FlatDequantizeF32, K::FlatDequantizeF16, K::FlatDequantizeBf16]);
             // SAFETY: the caller's promise.
-            unsafe { a.launch(device, stream, kernel, THREADS, a.first, 8 * THREADS)? };
+            unsafe { a.launch(device, stream, kernel, THREADS, blocks(device, a.first, 8 * THREADS, DEQUANTIZE_BLOCKS))? };
         }
         if a.first < a.n {
             let kernel = by_dtype(out.dtype, [K::FlatValuesAnyF32, K::FlatValuesAnyF16, K::FlatValuesAnyBf16]);
             // SAFETY: the caller's promise.
-            unsafe { a.launch(device, stream, kernel, THREADS, a.n - a.first, THREADS)? };
+            unsafe { a.launch(device, stream, kernel, THREADS, blocks(device, a.n - a.first, THREADS, DEQUANTIZE_BLOCKS))? };
         }
         Ok(())
     }
@@ -242,7 +260,9 @@ mod tests {
                 scale_dtype: ScaleDtype::Fp32,
                 order: NibbleOrder::LowFirst,
             };
-            assert!(FlatCodec::new(spec).cells, "{name}");
+            let codec = FlatCodec::new(spec);
+            assert!(codec.cells, "{name}");
+            assert!(codec.plain || !name.starts_with("nf4"), "{name}");
         }
     }
 }

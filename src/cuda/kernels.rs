@@ -94,8 +94,6 @@ impl Kernel {
             | Self::SealKeysBf16
             | Self::SealValuesF16
             | Self::SealValuesBf16 => 16384 + 8 * 3 * 2048,
-            // Eight warps' 64 tokens of 128 bytes.
-            Self::ReadF32 | Self::ReadF16 | Self::ReadBf16 => 8 * 64 * 128,
             _ => 0,
         }
     }

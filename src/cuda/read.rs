@@ -12,6 +12,8 @@ use crate::tensor::Dtype;
 
 /// Of a block.
 const WARPS: usize = 8;
+/// Slabs that a warp takes.
+const TILE: usize = 4;
 
 /// `ReadSide` of `cuda/read.cu`.
 #[repr(C)]
@@ -61,7 +63,7 @@ struct ReadArguments {
 const _: () = assert!(size_of::<ReadArguments>() == 80 + 2 * 88);
 
 impl Pages<'_> {
-    fn read_side(&self, value: bool, element: usize, out: u64) -> Option<ReadSide> {
+    fn read_side(&self, value: bool, out: u64) -> Option<ReadSide> {
         let side = self.side(value);
         let layout = &side.layout;
         let slabs = layout.dim / SLAB_CHANNELS;
@@ -71,8 +73,7 @@ impl Pages<'_> {
             Blocks::PerToken { slabs, spans_heads, in_head } => (1, slabs, PAGE_TOKENS, spans_heads, in_head),
         };
         let book = side.books[0].as_deref()?;
-        let wide = side.scale_dtype == ScaleDtype::Fp32 && per_token == 0;
-        if !out.is_multiple_of(16) || wide || side.scale_dtype == ScaleDtype::E4m3 || (value && per_token == 0) {
+        if !out.is_multiple_of(16) || side.scale_dtype == ScaleDtype::E4m3 || (value && per_token == 0) {
             return None;
         }
         let at = usize::from(value);
@@ -82,7 +83,7 @@ impl Pages<'_> {
             tail: self.room.tail[at],
             level: self.room.codec + book_offsets(value, 4)[0] as u64,
             slabs: slabs as i32,
-            tiles: (slabs * SLAB_CHANNELS * element).div_ceil(128) as i32,
+            tiles: slabs.div_ceil(TILE) as i32,
             per_token,
             block: block as i32,
             group: group as i32,
@@ -119,10 +120,7 @@ impl Pages<'_> {
             Dtype::Bf16 => Kernel::ReadBf16,
             Dtype::F64 => return Ok(false),
         };
-        if kernel.shared_bytes() + 4096 > self.device.shared_limit() {
-            return Ok(false);
-        }
-        let [Some(key), Some(value)] = [false, true].map(|v| self.read_side(v, dtype.bytes(), out[usize::from(v)])) else {
+        let [Some(key), Some(value)] = [false, true].map(|v| self.read_side(v, out[usize::from(v)])) else {
             return Ok(false);
         };
         let (scheme, heads) = (&self.codec.scheme, self.codec.heads);
@@ -162,7 +160,7 @@ impl Pages<'_> {
         };
         let argument: *mut c_void = (&raw mut a).cast();
         // SAFETY: the one parameter is this struct; the addresses in it are the room's and the caller's.
-        unsafe { self.device.launch(kernel, (blocks, 2, 1), 32 * WARPS, kernel.shared_bytes(), stream, &mut [argument])? };
+        unsafe { self.device.launch(kernel, (blocks, 2, 1), 32 * WARPS, 0, stream, &mut [argument])? };
         Ok(true)
     }
 }
