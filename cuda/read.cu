@@ -3,8 +3,8 @@
 // target: compute_80
 // isa: 8.0
 //
-// A warp takes a tile (read_tile.cuh). Blocks beyond those of the pages write what is exact: sinks, tail, and the zeros past a
-// sequence's end.
+// A warp takes a tile (read_tile.cuh); blocks are small, since what a warp that is done had stays taken until its block is done.
+// Blocks beyond those of the pages write what is exact: sinks, tail, and the zeros past a sequence's end.
 #include "read_tile.cuh"
 
 struct ReadArguments {
@@ -13,7 +13,7 @@ struct ReadArguments {
   long long capacity;
   int batch, heads, page_bytes, exact, sink_slots, tail_slots;
   int from, tokens, first_page, pages, page_blocks;
-  int chunks, front, gap;  // 64 tokens that may not all be in pages: how many of a head; after so many of them follow others
+  int chunks, front, gap;  // EXACT_TOKENS that may not all be in pages: how many of a head; after so many of them follow others
   ReadSide side[2];
 };
 static_assert(sizeof(ReadSide) == 88 && sizeof(ReadArguments) == 80 + 2 * 88, "as in src/cuda/read.rs");
@@ -21,7 +21,7 @@ static_assert(sizeof(ReadSide) == 88 && sizeof(ReadArguments) == 80 + 2 * 88, "a
 namespace nqkv {
 
 constexpr unsigned long long ADDRESS = (1ull << 56) - 1;
-constexpr int WARPS = 8;
+constexpr int WARPS = 2, EXACT_TOKENS = 16;
 
 // Tokens of a sequence in pages, if all but the last are full.
 DEVICE int packed_of(const ReadArguments& a, int b, const int4& n) {
@@ -76,12 +76,12 @@ DEVICE void store_number(float* to, double x) { *to = __double2float_rn(x); }
 DEVICE void store_number(__half* to, double x) { *to = __double2half(x); }
 DEVICE void store_number(__nv_bfloat16* to, double x) { *to = __double2bfloat16(x); }
 
-// What of 64 tokens of a head is in no page.
+// What of EXACT_TOKENS of a head is in no page.
 template <class T> DEVICE void read_exact(const ReadArguments& a, const ReadSide& s, int number) {
   const int rest = number / unsigned(a.chunks), chunk = number - rest * a.chunks, b = rest / unsigned(a.heads), h = rest - b * a.heads;
-  const int first = (chunk < a.front ? chunk : chunk + a.gap) * PAGE_TOKENS;
+  const int first = (chunk < a.front ? chunk : chunk + a.gap) * EXACT_TOKENS;
   const int4 n = __ldg(a.counts + b);
-  const int end = n.x + packed_of(a, b, n), last = min(first + PAGE_TOKENS, a.tokens), dim = s.slabs * SLAB_CHANNELS;
+  const int end = n.x + packed_of(a, b, n), last = min(first + EXACT_TOKENS, a.tokens), dim = s.slabs * SLAB_CHANNELS;
   if (a.from + first >= n.x && a.from + last <= end) return;
 #pragma unroll 1
   for (int e = threadIdx.x; e < (last - first) * dim; e += blockDim.x) {
@@ -110,6 +110,6 @@ template <class T> DEVICE void read(const ReadArguments& a) {
 }  // namespace nqkv
 using namespace nqkv;
 
-extern "C" __global__ void __launch_bounds__(256, 3) read_f32(const __grid_constant__ ReadArguments a) { read<float>(a); }
-extern "C" __global__ void __launch_bounds__(256, 3) read_f16(const __grid_constant__ ReadArguments a) { read<__half>(a); }
-extern "C" __global__ void __launch_bounds__(256, 3) read_bf16(const __grid_constant__ ReadArguments a) { read<__nv_bfloat16>(a); }
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 12) read_f32(const __grid_constant__ ReadArguments a) { read<float>(a); }
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 12) read_f16(const __grid_constant__ ReadArguments a) { read<__half>(a); }
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 12) read_bf16(const __grid_constant__ ReadArguments a) { read<__nv_bfloat16>(a); }

@@ -39,8 +39,13 @@ const _: () = assert!(size_of::<Arguments>() == 104 + 2048);
 
 const THREADS: usize = 256;
 /// Blocks of threads for each processor, so that the device is full once.
-const QUANTIZE_BLOCKS: usize = 4;
-const DEQUANTIZE_BLOCKS: usize = 8;
+const BLOCKS: usize = 4;
+/// Fewer, and with them fewer places that are read at once, where each thread has enough on its way.
+const PLAIN_BLOCKS: usize = 3;
+/// Of a block that dequantizes, and elements of each: as many blocks as that takes, so that what is written at once stays
+/// together.
+const DEQUANTIZE_THREADS: usize = 64;
+const DEQUANTIZED: usize = 32;
 /// Elements that kernels which count them by eights in 32 bits take.
 const MOST: i64 = 1 << 34;
 
@@ -199,15 +204,15 @@ impl FlatCodec {
         use Kernel as K;
         if lanes && aligned && (self.cells || self.plain) {
             a.first = a.whole_blocks();
-            let kernels = if self.plain {
+            let (kernels, most) = if self.plain {
                 a.first = a.first.min(MOST);
-                [K::FlatQuantizeF32, K::FlatQuantizeF16, K::FlatQuantizeBf16]
+                ([K::FlatQuantizeF32, K::FlatQuantizeF16, K::FlatQuantizeBf16], PLAIN_BLOCKS)
             } else {
-                [K::FlatQuantizeFieldsF32, K::FlatQuantizeFieldsF16, K::FlatQuantizeFieldsBf16]
+                ([K::FlatQuantizeFieldsF32, K::FlatQuantizeFieldsF16, K::FlatQuantizeFieldsBf16], BLOCKS)
             };
             let kernel = by_dtype(x.dtype, kernels);
             // SAFETY: the caller's promise.
-            unsafe { a.launch(device, stream, kernel, THREADS, blocks(device, a.first, 8 * THREADS, QUANTIZE_BLOCKS))? };
+            unsafe { a.launch(device, stream, kernel, THREADS, blocks(device, a.first, 8 * THREADS, most))? };
         }
         if a.first < a.n {
             let fields = by_dtype(x.dtype, [K::FlatFieldsAnyF32, K::FlatFieldsAnyF16, K::FlatFieldsAnyBf16]);
@@ -215,8 +220,8 @@ impl FlatCodec {
             let rest = a.n - a.first;
             // SAFETY: the caller's promise.
             unsafe {
-                a.launch(device, stream, fields, 128, blocks(device, rest, 4 * spec.block, QUANTIZE_BLOCKS))?;
-                a.launch(device, stream, codes, THREADS, blocks(device, rest, 8 * THREADS, QUANTIZE_BLOCKS))?;
+                a.launch(device, stream, fields, 128, blocks(device, rest, 4 * spec.block, BLOCKS))?;
+                a.launch(device, stream, codes, THREADS, blocks(device, rest, 8 * THREADS, BLOCKS))?;
             }
         }
         Ok(())
@@ -234,13 +239,14 @@ impl FlatCodec {
         if aligned && gapless && a.bits == 4 {
             a.first = (a.n / 8 * 8).min(MOST);
             let kernel = by_dtype(out.dtype, [K::FlatDequantizeF32, K::FlatDequantizeF16, K::FlatDequantizeBf16]);
+            let blocks = (a.first as usize).div_ceil(DEQUANTIZED * DEQUANTIZE_THREADS);
             // SAFETY: the caller's promise.
-            unsafe { a.launch(device, stream, kernel, THREADS, blocks(device, a.first, 8 * THREADS, DEQUANTIZE_BLOCKS))? };
+            unsafe { a.launch(device, stream, kernel, DEQUANTIZE_THREADS, blocks)? };
         }
         if a.first < a.n {
             let kernel = by_dtype(out.dtype, [K::FlatValuesAnyF32, K::FlatValuesAnyF16, K::FlatValuesAnyBf16]);
             // SAFETY: the caller's promise.
-            unsafe { a.launch(device, stream, kernel, THREADS, blocks(device, a.n - a.first, THREADS, DEQUANTIZE_BLOCKS))? };
+            unsafe { a.launch(device, stream, kernel, THREADS, blocks(device, a.n - a.first, THREADS, BLOCKS))? };
         }
         Ok(())
     }

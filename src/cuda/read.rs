@@ -11,7 +11,12 @@ use crate::page::{PAGE_TOKENS, SLAB_CHANNELS};
 use crate::tensor::Dtype;
 
 /// Of a block.
-const WARPS: usize = 8;
+const WARPS: usize = 2;
+/// Shared memory that a block asks for beyond its own, where a processor has much: so few blocks at a time write to fewer places,
+/// which memory takes faster.
+const SPARE: usize = 14 << 10;
+/// Tokens of a head that one block writes where they may not all be in pages.
+const EXACT_TOKENS: usize = 16;
 /// Slabs that a warp takes.
 const TILE: usize = 4;
 
@@ -128,15 +133,16 @@ impl Pages<'_> {
         let pages = ((from + tokens - 1) / PAGE_TOKENS + 1).min(held).saturating_sub(first_page);
         let items = self.batch * pages * heads * key.tiles.max(value.tiles) as usize;
         // Chunks that may hold exact tokens: some in front, and those from the first tail on.
-        let chunks = tokens.div_ceil(PAGE_TOKENS);
-        let front = sinks.saturating_sub(from).div_ceil(PAGE_TOKENS).min(chunks);
-        let back = (end.saturating_sub(from) / PAGE_TOKENS).clamp(front, chunks);
+        let chunks = tokens.div_ceil(EXACT_TOKENS);
+        let front = sinks.saturating_sub(from).div_ceil(EXACT_TOKENS).min(chunks);
+        let back = (end.saturating_sub(from) / EXACT_TOKENS).clamp(front, chunks);
         let run = front + chunks - back;
         let page_blocks = items.div_ceil(WARPS);
         let blocks = page_blocks + run * heads * self.batch;
         if items > 1 << 30 || blocks > 1 << 30 {
             return Ok(false);
         }
+        let spare = if self.device.shared_limit() > 200 << 10 { SPARE } else { 0 };
         let single = scheme.writes_single_slots();
         let mut a = ReadArguments {
             counts: self.room.counts,
@@ -160,7 +166,7 @@ impl Pages<'_> {
         };
         let argument: *mut c_void = (&raw mut a).cast();
         // SAFETY: the one parameter is this struct; the addresses in it are the room's and the caller's.
-        unsafe { self.device.launch(kernel, (blocks, 2, 1), 32 * WARPS, 0, stream, &mut [argument])? };
+        unsafe { self.device.launch(kernel, (blocks, 2, 1), 32 * WARPS, spare, stream, &mut [argument])? };
         Ok(true)
     }
 }
