@@ -101,6 +101,8 @@ struct Plan<'a> {
     key_dim: usize,
     value_dim: usize,
     views: Vec<SequenceView<'a>>,
+    /// Tokens of each sequence.
+    held: Vec<usize>,
     tiles: Vec<Vec<Tile>>,
 }
 
@@ -155,13 +157,13 @@ impl<'a> Plan<'a> {
         }
         let views: Vec<_> = (0..batch).map(|b| cache.view(b)).collect();
         let tiles = views.iter().map(|v| tiles(v, count, queries.fresh.is_some())).collect();
-        let group = q_heads / heads;
-        Ok(Self { cache, queries, batch, heads, group, count, key_dim, value_dim, views, tiles })
+        let (group, held) = (q_heads / heads, views.iter().map(SequenceView::tokens).collect());
+        Ok(Self { cache, queries, batch, heads, group, count, key_dim, value_dim, views, held, tiles })
     }
 
     /// Positions `first..end` that query `i` of sequence `b` attends; empty if `first == end`.
     fn bounds(&self, b: usize, i: usize) -> (usize, usize) {
-        let end = self.views[b].tokens() - self.count + i + 1;
+        let end = self.held[b] - self.count + i + 1;
         let window = self.queries.window.map_or(0, |w| end.saturating_sub(w));
         let start = self.queries.starts.map_or(0, |s| s[b]);
         (start.max(window).min(end), end)

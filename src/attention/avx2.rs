@@ -76,43 +76,112 @@ pub(super) unsafe fn product(p: &Product, c: &mut [f32]) {
     }
 }
 
-/// [`super::math::exp`] of eight numbers: the same operations, the same bits.
+/// [`super::math::scores`].
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn scores(a: &[f32], b: &[f32], depth: usize, c: &mut [f32], c_stride: usize) {
+    let (rows, tokens, whole) = (a.len() / depth, b.len() / depth, depth / 8 * 8);
+    for i in (0..rows).step_by(4) {
+        for n in (0..tokens).step_by(2) {
+            let mut sums = [_mm256_setzero_ps(); 8];
+            // Missing rows and tokens repeat the last one.
+            let a = [0, 1, 2, 3].map(|k| &a[(i + k).min(rows - 1) * depth..][..depth]);
+            let b = [0, 1].map(|k| &b[(n + k).min(tokens - 1) * depth..][..depth]);
+            for k in (0..whole).step_by(8) {
+                for (j, b) in b.iter().enumerate() {
+                    for (r, a) in a.iter().enumerate() {
+                        // SAFETY: k + 8 <= depth.
+                        let (x, y) = unsafe { (_mm256_loadu_ps(a.as_ptr().add(k)), _mm256_loadu_ps(b.as_ptr().add(k))) };
+                        sums[4 * j + r] = _mm256_fmadd_ps(x, y, sums[4 * j + r]);
+                    }
+                }
+            }
+            let [low, high] = super::lay::halves(sums, |a, b| _mm256_hadd_ps(a, b));
+            let sums = super::lay::floats(_mm256_add_ps(low, high));
+            for (j, b) in b.iter().enumerate().take(tokens - n) {
+                for (r, a) in a.iter().enumerate().take(rows - i) {
+                    let rest: f32 = a[whole..].iter().zip(&b[whole..]).map(|(a, b)| a * b).sum();
+                    c[(i + r) * c_stride + n + j] = sums[4 * j + r] + rest;
+                }
+            }
+        }
+    }
+}
+
+/// [`super::math::exp`] of `N` times eight numbers: the same operations, the same bits. Step by step for all `N`, because each step
+/// waits for the one before.
+#[allow(clippy::needless_range_loop)] // Most steps read several arrays.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn exp(x: __m256) -> __m256 {
+fn exp<const N: usize>(x: [__m256; N]) -> [__m256; N] {
     let all = |x: f32| _mm256_set1_ps(x);
-    let low = _mm256_cmp_ps::<_CMP_LT_OQ>(x, all(-87.0));
-    // In this order a NaN passes.
-    let clamped = _mm256_min_ps(all(88.0), _mm256_max_ps(all(-87.0), x));
     let magic = all(12_582_912.0);
-    let shifted = _mm256_add_ps(_mm256_mul_ps(clamped, all(std::f32::consts::LOG2_E)), magic);
-    let n = _mm256_sub_ps(shifted, magic);
-    let r = _mm256_sub_ps(clamped, _mm256_mul_ps(n, all(0.693_359_4)));
-    let r = _mm256_sub_ps(r, _mm256_mul_ps(n, all(-2.121_944_4e-4)));
-    let s = _mm256_mul_ps(r, r);
-    let pair = |c: f32, d: f32| _mm256_add_ps(all(c), _mm256_mul_ps(r, all(d)));
-    let (a, b, c) = (pair(0.5, 1.0 / 6.0), pair(1.0 / 24.0, 1.0 / 120.0), pair(1.0 / 720.0, 1.0 / 5040.0));
-    let p = _mm256_add_ps(a, _mm256_mul_ps(s, _mm256_add_ps(b, _mm256_mul_ps(s, c))));
-    let p = _mm256_add_ps(all(1.0), _mm256_add_ps(r, _mm256_mul_ps(s, p)));
-    let bits = _mm256_sub_epi32(_mm256_castps_si256(shifted), _mm256_castps_si256(magic));
-    let power = _mm256_slli_epi32::<23>(_mm256_add_epi32(bits, _mm256_set1_epi32(127)));
-    _mm256_andnot_ps(low, _mm256_mul_ps(p, _mm256_castsi256_ps(power)))
+    let (mut r, mut n, mut shifted, mut s, mut p) = (x, x, x, x, x);
+    for i in 0..N {
+        // In this order a NaN passes.
+        r[i] = _mm256_min_ps(all(88.0), _mm256_max_ps(all(-87.0), x[i]));
+    }
+    for i in 0..N {
+        shifted[i] = _mm256_add_ps(_mm256_mul_ps(r[i], all(std::f32::consts::LOG2_E)), magic);
+    }
+    for i in 0..N {
+        n[i] = _mm256_sub_ps(shifted[i], magic);
+    }
+    for i in 0..N {
+        r[i] = _mm256_sub_ps(r[i], _mm256_mul_ps(n[i], all(0.693_359_4)));
+    }
+    for i in 0..N {
+        r[i] = _mm256_sub_ps(r[i], _mm256_mul_ps(n[i], all(-2.121_944_4e-4)));
+    }
+    for i in 0..N {
+        s[i] = _mm256_mul_ps(r[i], r[i]);
+        p[i] = _mm256_add_ps(all(1.0 / 720.0), _mm256_mul_ps(r[i], all(1.0 / 5040.0)));
+    }
+    for i in 0..N {
+        let b = _mm256_add_ps(all(1.0 / 24.0), _mm256_mul_ps(r[i], all(1.0 / 120.0)));
+        p[i] = _mm256_add_ps(b, _mm256_mul_ps(s[i], p[i]));
+    }
+    for i in 0..N {
+        let a = _mm256_add_ps(all(0.5), _mm256_mul_ps(r[i], all(1.0 / 6.0)));
+        p[i] = _mm256_add_ps(a, _mm256_mul_ps(s[i], p[i]));
+    }
+    for i in 0..N {
+        p[i] = _mm256_add_ps(all(1.0), _mm256_add_ps(r[i], _mm256_mul_ps(s[i], p[i])));
+    }
+    for i in 0..N {
+        let bits = _mm256_sub_epi32(_mm256_castps_si256(shifted[i]), _mm256_castps_si256(magic));
+        let power = _mm256_slli_epi32::<23>(_mm256_add_epi32(bits, _mm256_set1_epi32(127)));
+        let low = _mm256_cmp_ps::<_CMP_LT_OQ>(x[i], all(-87.0));
+        p[i] = _mm256_andnot_ps(low, _mm256_mul_ps(p[i], _mm256_castsi256_ps(power)));
+    }
+    p
 }
 
 /// [`super::math::exp_sum`] of a multiple of eight numbers: eight partial sums.
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn exp_sums(x: &mut [f32], max: f32) -> [f32; 8] {
-    let mut sums = _mm256_setzero_ps();
-    for eight in x.chunks_exact_mut(8) {
+    const N: usize = 4;
+    let (mut sums, max) = (_mm256_setzero_ps(), _mm256_set1_ps(max));
+    let mut groups = x.chunks_exact_mut(8 * N);
+    for group in &mut groups {
+        // SAFETY: 8 N elements.
+        unsafe {
+            let mut e = [max; N];
+            for (i, e) in e.iter_mut().enumerate() {
+                *e = _mm256_sub_ps(_mm256_loadu_ps(group.as_ptr().add(8 * i)), max);
+            }
+            for (i, e) in exp(e).into_iter().enumerate() {
+                _mm256_storeu_ps(group.as_mut_ptr().add(8 * i), e);
+                sums = _mm256_add_ps(sums, e);
+            }
+        }
+    }
+    for eight in groups.into_remainder().chunks_exact_mut(8) {
         // SAFETY: eight elements.
         unsafe {
-            let e = exp(_mm256_sub_ps(_mm256_loadu_ps(eight.as_ptr()), _mm256_set1_ps(max)));
+            let [e] = exp([_mm256_sub_ps(_mm256_loadu_ps(eight.as_ptr()), max)]);
             _mm256_storeu_ps(eight.as_mut_ptr(), e);
             sums = _mm256_add_ps(sums, e);
         }
     }
-    let mut out = [0f32; 8];
-    // SAFETY: eight elements.
-    unsafe { _mm256_storeu_ps(out.as_mut_ptr(), sums) };
-    out
+    super::lay::floats(sums)
 }

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::math::{Product, Simd, exp, exp_sum, max, soft_cap};
+use super::math::{Product, Simd, exp, exp_sum, max, scores, soft_cap};
 use super::tile::{self, Scratch, Tables};
 use super::{Plan, Source, Tile};
 #[cfg(target_arch = "x86_64")]
@@ -26,6 +26,9 @@ const UNIT_COLUMNS: usize = 256;
 const ALONE: usize = 32;
 /// Tasks of a unit: few columns, many columns, whose results are large.
 const UNIT_TASKS: [usize; 2] = [16, 2];
+
+/// Value halves that are fetched during softmax: those that are read together.
+const VALUES_FIRST: usize = 4;
 
 /// What a run gives for each of its columns.
 #[derive(Default)]
@@ -218,6 +221,10 @@ impl Kernel<'_> {
             }
             room.begun = Some((self.call, task.unit));
         }
+        // Nobody read ahead for a task: who had the one before may be another thread.
+        if let Some(half) = plan.tiles[unit.b].get(task.tiles.start).and_then(|t| self.half(unit, t, Side::Key)) {
+            self.fetch(half);
+        }
         let mut total: Option<Partial> = None;
         for first in task.tiles.clone().step_by(self.run_tiles) {
             let (run, after) = plan.tiles[unit.b][first..].split_at(self.run_tiles.min(task.tiles.end - first));
@@ -258,7 +265,13 @@ impl Kernel<'_> {
                     let tables = tables.as_ref().expect("codes in place are only read on x86");
                     tile::keys(simd, tables, half, h, tile.count, &mut room.tile);
                 }
-                _ => tile::exact(plan, b, h, tile, Side::Key, &mut room.tile),
+                _ if columns <= FEW_COLUMNS => {
+                    tile::exact(plan, b, h, tile, Side::Key, true, &mut room.tile);
+                    let rows = &room.tile.tile[..tile.count * dim];
+                    scores(simd, &room.q[..columns * dim], rows, dim, &mut room.scores[at..], width);
+                    continue;
+                }
+                _ => tile::exact(plan, b, h, tile, Side::Key, false, &mut room.tile),
             }
             for row in room.scores[at..].chunks_mut(width).take(columns) {
                 row[..PAGE_TOKENS].fill(0.0);
@@ -271,6 +284,10 @@ impl Kernel<'_> {
         partial.max.clear();
         partial.sum.clear();
         for (i, c) in unit.columns.clone().enumerate() {
+            // Meanwhile the first values come, a few for each column.
+            for tile in tiles.iter().take(VALUES_FIRST).skip(i * VALUES_FIRST / columns).take(VALUES_FIRST.div_ceil(columns)) {
+                self.half(unit, tile, Side::Value).into_iter().for_each(|half| self.fetch(half));
+            }
             let row = &mut room.scores[i * width..][..width];
             if let Some(cap) = plan.queries.soft_cap {
                 soft_cap(simd, row, cap as f32);
@@ -297,6 +314,16 @@ impl Kernel<'_> {
             }
         }
         self.values(unit, tiles, after, room, width);
+    }
+
+    /// Asks for a half that is read soon, if it is read in place.
+    fn fetch(&self, half: &[u8]) {
+        #[cfg(target_arch = "x86_64")]
+        if self.books.is_some() {
+            // SAFETY: books are there only where the features were found.
+            unsafe { super::lanes::fetch(half) };
+        }
+        let _ = half;
     }
 
     /// The keys' or values' half of a tile that is a page.
@@ -357,7 +384,7 @@ impl Kernel<'_> {
                     let tables = tables.as_ref().expect("codes in place are only read on x86");
                     tile::values(simd, tables, half, h, tile.count, &mut room.tile);
                 }
-                _ => tile::exact(plan, b, h, tile, Side::Value, &mut room.tile),
+                _ => tile::exact(plan, b, h, tile, Side::Value, true, &mut room.tile),
             }
             let (a, b) = (&room.scores[at..], &room.tile.tile[..]);
             let (a_stride, rows, depth) = (width, columns, tile.count);

@@ -98,9 +98,11 @@ impl Levels {
 macro_rules! shared {
     ($low:ident $high:ident $at:literal) => {
         concat!(
-            "vmovdqa {a}, ymmword ptr [{w} + ",
+            "vpmaddwd {t}, {y}, ymmword ptr [{w} + ",
             $at,
-            "]\nvpmaddwd {t}, {y}, {a}\nvpmaddwd {a}, {x}, {a}\n",
+            "]\nvpmaddwd {a}, {x}, ymmword ptr [{w} + ",
+            $at,
+            "]\n",
             "vpaddd {",
             stringify!($low),
             "}, {",
@@ -236,19 +238,20 @@ pub(super) unsafe fn key_page<const C: usize, const SPLIT: bool>(
         0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15, 0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15,
     );
     let wide = 1 + usize::from(SPLIT);
-    for row in 0..8 {
-        let mut wide_sums = [[_mm256_setzero_ps(); 2]; C];
-        // All at once would wait for each other.
-        if let Some(line) = fields.get(64 * row) {
-            _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(line).cast());
-        }
-        for (g, (levels, factors)) in levels.chunks(FLUSH).zip(factors.chunks_exact(C)).enumerate() {
+    // By slabs first: codes are read in the order in which they lie. Sums wait in memory, one fused multiply-add away.
+    let mut rows = [[[_mm256_setzero_ps(); 2]; C]; 8];
+    for (g, (levels, factors)) in levels.chunks(FLUSH).zip(factors.chunks_exact(C)).enumerate() {
+        for (row, wide_sums) in rows.iter_mut().enumerate() {
+            if let Some(line) = fields.get(64 * row).filter(|_| g == 0) {
+                // All lines at once would wait for each other.
+                _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(line).cast());
+            }
             let mut sums = [[_mm256_setzero_si256(); 2]; C];
             for (i, levels) in levels.iter().enumerate() {
                 let tables = levels.load();
                 let slab = g * FLUSH + i;
                 let at = SLAB * slab + 64 * row;
-                // A line of each slab in turn is a pattern that no hardware guesses. A prefetch reads nothing.
+                // A prefetch reads nothing.
                 _mm_prefetch::<_MM_HINT_T0>(next.wrapping_add(at).cast());
                 for half in 0..2 {
                     // SAFETY: inside the slab, and inside q.
@@ -266,6 +269,8 @@ pub(super) unsafe fn key_page<const C: usize, const SPLIT: bool>(
                 }
             }
         }
+    }
+    for (row, wide_sums) in rows.iter().enumerate() {
         for c in 0..C {
             let [low, high] = wide_sums[c];
             // Halves of a register hold other channels of the same four tokens.

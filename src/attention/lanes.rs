@@ -88,9 +88,8 @@ macro_rules! by_columns {
 #[derive(Default)]
 pub(super) struct Lanes {
     columns: usize,
-    /// Queries, `[column][stored]`, channels in the order of per-channel fields; then times the steps of the levels.
+    /// Queries, `[column][stored]`, channels in the order of per-channel fields.
     q: Vec<f32>,
-    q_steps: Vec<f32>,
     /// First slab, slabs, block: the keys' blocks, if fields are per token, else one of all slabs.
     ranges: Vec<(usize, usize, usize)>,
     /// Sums of each range's queries, `[range][column]`.
@@ -136,6 +135,10 @@ fn token_fields(layout: &SideLayout, fields: &[f32], count: usize, out: &mut [Ve
     for (f, out) in out.iter_mut().enumerate().take(layout.fields) {
         for b in 0..blocks {
             let at = out.len();
+            if stride == 1 && count == PAGE_TOKENS {
+                out.extend_from_slice(&fields[..PAGE_TOKENS]);
+                continue;
+            }
             out.resize(at + PAGE_TOKENS, 0.0);
             let (to, from) = (&mut out[at..], f * blocks + b);
             match stride {
@@ -182,13 +185,10 @@ impl Lanes {
             self.levels.clear();
             self.levels.extend(books.key.iter().map(|b| b.1.clone()));
             self.q.clear();
-            self.q_steps.clear();
             for row in q.chunks_exact(dim) {
                 let place = |p: usize| row.get(key.channel(h, channel_of_place(p))).copied().unwrap_or(0.0);
                 self.q.extend((0..stored).map(place));
             }
-            let steps = (0..self.q.len()).map(|i| self.q[i] * self.levels[i % stored / SLAB_CHANNELS].step);
-            self.q_steps.extend(steps);
             self.ranges.clear();
             self.q_sums.clear();
             if let FieldAxis::PerToken { .. } = key.layout.axis {
@@ -204,12 +204,12 @@ impl Lanes {
                     let sum = |row: &[f32]| row[first * SLAB_CHANNELS..][..slabs * SLAB_CHANNELS].iter().sum::<f32>();
                     self.q_sums.extend(rows.map(sum));
                 }
-                self.laid.begin(&self.levels, &self.ranges);
+                self.laid.begin(&self.q, &self.levels, &self.ranges);
                 // SAFETY: codes are read in place only where the features were found.
-                unsafe { self.laid.lay(&self.q, &self.q_steps, None) };
+                unsafe { self.laid.lay(None) };
             } else {
                 self.ranges.push((0, key.layout.slabs.len(), 0));
-                self.laid.begin(&self.levels, &self.ranges);
+                self.laid.begin(&self.q, &self.levels, &self.ranges);
             }
         }
         if in_place.1 {
@@ -247,17 +247,17 @@ impl Lanes {
     #[target_feature(enable = "avx2,fma,f16c")]
     fn keys_avx2(&mut self, codec: &SideCodec, half: &Half, scores: &mut [f32], stride: usize) {
         let layout = &codec.layout;
-        read_fields(Simd::Avx2, codec, half.bytes, &mut self.fields);
         let mut next_fields = &half.next[half.next.len().min(layout.code_bytes)..];
         let codes = four_bits(codec, half, &mut self.codes[0]);
         let slabs = self.levels.len();
         assert!(codes.len() == slabs * SLAB && slabs * SLAB_CHANNELS == layout.stored);
         let mut most = 1.0;
         let per_token = if let FieldAxis::PerChannel { group } = layout.axis {
-            let scales = Some((&self.fields[..], layout.fields, group));
-            self.laid.lay(&self.q, &self.q_steps, scales);
+            let (bytes, dtype) = (&half.bytes[layout.code_bytes..][..layout.field_bytes], codec.scale_dtype);
+            self.laid.lay(Some(lay::KeyFields { bytes, dtype, fields: layout.fields, group }));
             false
         } else {
+            read_fields(Simd::Avx2, codec, half.bytes, &mut self.fields);
             self.token_fields.iter_mut().for_each(Vec::clear);
             token_fields(layout, &self.fields, half.count, &mut self.token_fields);
             most = self.token_fields[0].iter().fold(0f32, |m, s| m.max(s.abs()));
@@ -441,7 +441,7 @@ impl Lanes {
 /// Asks for the lines of `bytes`.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn fetch(bytes: &[u8]) {
+pub(super) fn fetch(bytes: &[u8]) {
     for line in bytes.chunks(64) {
         _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast());
     }

@@ -12,7 +12,7 @@ use super::codes::Lane;
 mod queries;
 mod weights;
 
-pub(super) use queries::Queries;
+pub(super) use queries::{KeyFields, Queries};
 pub(super) use weights::{Reading, Scales, Weights};
 
 /// Factors stop here: numbers this small add nothing.
@@ -39,7 +39,7 @@ fn total(sum: __m256) -> f32 {
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn floats(x: __m256) -> [f32; 8] {
+pub(super) fn floats(x: __m256) -> [f32; 8] {
     let mut out = Lane::default();
     // SAFETY: eight aligned elements.
     unsafe { _mm256_store_ps(out.0.as_mut_ptr(), x) };
@@ -55,7 +55,7 @@ fn magnitude(x: __m256) -> __m256 {
 /// Reduces eight registers to the lower and the upper halves of each: `pair` joins neighbours of two registers, half by half.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn halves(x: [__m256; 8], pair: impl Fn(__m256, __m256) -> __m256) -> [__m256; 2] {
+pub(super) fn halves(x: [__m256; 8], pair: impl Fn(__m256, __m256) -> __m256) -> [__m256; 2] {
     let a = pair(pair(x[0], x[1]), pair(x[2], x[3]));
     let b = pair(pair(x[4], x[5]), pair(x[6], x[7]));
     [_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b)]

@@ -165,6 +165,22 @@ impl Product<'_> {
     }
 }
 
+/// Scores of tokens that lie one after the other: `c[i * c_stride + n]` is the product of row `i` of `a`, `[rows][depth]`, with row
+/// `n` of `b`, `[..][depth]`.
+pub(super) fn scores(simd: Simd, a: &[f32], b: &[f32], depth: usize, c: &mut [f32], c_stride: usize) {
+    #[cfg(target_arch = "x86_64")]
+    if simd == Simd::Avx2 {
+        // SAFETY: the features were found.
+        return unsafe { super::avx2::scores(a, b, depth, c, c_stride) };
+    }
+    let _ = simd;
+    for (a, c) in a.chunks_exact(depth).zip(c.chunks_mut(c_stride)) {
+        for (b, c) in b.chunks_exact(depth).zip(c) {
+            *c = a.iter().zip(b).map(|(a, b)| a * b).sum();
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -181,6 +197,23 @@ mod tests {
         }
         assert_eq!((exp(f32::NEG_INFINITY), exp(0.0), tanh(0.0), tanh(1e30)), (0.0, 1.0, 0.0, 1.0));
         assert!(exp(f32::NAN).is_nan() && tanh(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn scores_are_products_of_rows() {
+        for (rows, tokens, depth) in [(1, 1, 5), (4, 2, 8), (7, 9, 20), (3, 64, 33), (6, 5, 128)] {
+            let of = |n: usize, s: f32| (0..n).map(|i| (i as f32 * s).sin()).collect::<Vec<_>>();
+            let (a, b, stride) = (of(rows * depth, 0.7), of(tokens * depth, 0.3), tokens + 3);
+            for simd in [Simd::Portable, Simd::detect()] {
+                let mut c = vec![f32::NAN; rows * stride];
+                scores(simd, &a, &b, depth, &mut c, stride);
+                for (i, n) in (0..rows).flat_map(|i| (0..stride).map(move |n| (i, n))) {
+                    let got = c[i * stride + n];
+                    let want = || (0..depth).map(|k| f64::from(a[i * depth + k]) * f64::from(b[n * depth + k])).sum::<f64>();
+                    assert!(if n < tokens { (f64::from(got) - want()).abs() < 1e-4 } else { got.is_nan() }, "{rows} {i} {n}");
+                }
+            }
+        }
     }
 
     #[test]

@@ -184,33 +184,30 @@ pub(super) fn values(simd: Simd, tables: &Tables, half: &[u8], h: usize, count: 
     }
 }
 
-/// An exact tile's keys (`[dim][64]`) or values (`[64][stored]`) of KV head `h`.
-pub(super) fn exact(plan: &Plan, b: usize, h: usize, tile: &Tile, side: Side, s: &mut Scratch) {
+/// An exact tile's keys or values of KV head `h`: keys `[dim][64]`, or with `rows` `[token][dim]`; values `[64][stored]`.
+pub(super) fn exact(plan: &Plan, b: usize, h: usize, tile: &Tile, side: Side, rows: bool, s: &mut Scratch) {
     let (codec, dtype) = (plan.cache.codec(), plan.cache.exact_dtype());
     let layout = if side == Side::Key { &codec.key.layout } else { &codec.value.layout };
-    let (dim, stored) = (layout.dim, layout.stored);
-    s.tile.resize(PAGE_TOKENS * if side == Side::Key { dim } else { stored }, 0.0);
+    let (dim, stride) = (layout.dim, if side == Side::Key { layout.dim } else { layout.stored });
+    s.tile.resize(PAGE_TOKENS * stride, 0.0);
+    let part = if tile.source == Source::Sinks { plan.views[b].sinks } else { plan.views[b].tail };
+    let (held, z) = (if side == Side::Key { &part.k } else { &part.v }, dtype.bytes());
+    let across = side == Side::Key && !rows;
     s.row.resize(dim, 0.0);
     for n in 0..tile.count {
         let t = tile.slot + n;
+        let row = if across { &mut s.row[..] } else { &mut s.tile[n * stride..][..dim] };
         match (tile.source, &plan.queries.fresh) {
             (Source::Fresh, Some((k, v))) => {
                 let view = if side == Side::Key { k } else { v };
-                view.row_f32(b, h, t, crate::tensor::Dtype::F32, &mut s.bytes, &mut s.row);
+                view.row_f32(b, h, t, crate::tensor::Dtype::F32, &mut s.bytes, row);
             }
-            _ => {
-                let part = if tile.source == Source::Sinks { plan.views[b].sinks } else { plan.views[b].tail };
-                let (bytes, z) = (if side == Side::Key { &part.k } else { &part.v }, dtype.bytes());
-                dtype.read_f32(&bytes[(t * plan.heads + h) * dim * z..][..dim * z], &mut s.row);
-            }
+            _ => dtype.read_f32(&held[(t * plan.heads + h) * dim * z..][..dim * z], row),
         }
-        match side {
-            Side::Key => s.row.iter().enumerate().for_each(|(c, &x)| s.tile[c * PAGE_TOKENS + n] = x),
-            Side::Value => {
-                let to = &mut s.tile[n * stored..][..stored];
-                to[..dim].copy_from_slice(&s.row);
-                to[dim..].fill(0.0);
-            }
+        if across {
+            s.row.iter().enumerate().for_each(|(c, &x)| s.tile[c * PAGE_TOKENS + n] = x);
+        } else {
+            s.tile[n * stride + dim..(n + 1) * stride].fill(0.0);
         }
     }
 }

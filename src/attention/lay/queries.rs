@@ -7,29 +7,36 @@ use super::{MOST, floats, halves, magnitude, total};
 use crate::attention::codes::Lane;
 use crate::attention::integers::{FLUSH, Levels, RANGE, Words};
 use crate::attention::lanes::SHARED;
+use crate::codec::ScaleDtype;
 use crate::page::{MAX_HEAD_DIM, PAGE_TOKENS, SLAB_CHANNELS};
 
 /// Largest expected error of a score from rounding: that much of the weight of its token.
 const SCORE_ERROR: f32 = 7e-5;
 
-/// Byte orders that pick channels `c, c + 8`, then `c + 1, c + 9`, from words `c, c + 1, c + 8, c + 9`, four times.
+/// Byte orders that pick channels `c, c + 8`, then `c + 1, c + 9`, from words `c, c + 1, c + 8, c + 9`, four times; then the same
+/// from four words further.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn picks() -> [__m256i; 2] {
-    [0u8, 2].map(|odd| _mm256_set1_epi32(i32::from_le_bytes([odd, odd + 1, odd + 4, odd + 5])))
+fn picks() -> [__m256i; 4] {
+    [0u8, 2, 8, 10].map(|at| _mm256_set1_epi32(i32::from_le_bytes([at, at + 1, at + 4, at + 5])))
 }
 
-/// Eight numbers times `scale` and `factor` as words, each half twice.
-///
-/// # Safety
-/// `from` must have eight numbers.
+/// Eight channels times steps, `scale` and `factor`, rounded.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn word(from: *const f32, scale: __m256, factor: f32) -> __m256i {
-    // SAFETY: the caller's.
-    let x = _mm256_mul_ps(unsafe { _mm256_loadu_ps(from) }, scale);
-    let x = _mm256_cvtps_epi32(_mm256_mul_ps(x, _mm256_set1_ps(factor)));
-    _mm256_packs_epi32(x, x)
+fn rounded(eight: &Eight, scale: __m256, factor: f32) -> __m256i {
+    // SAFETY: eight aligned numbers.
+    let x = _mm256_mul_ps(unsafe { _mm256_load_ps(eight.steps.0.as_ptr()) }, scale);
+    _mm256_cvtps_epi32(_mm256_mul_ps(x, _mm256_set1_ps(factor)))
+}
+
+/// Fields per channel of a page: their bytes, how many there are for a channel, and the tokens of a group.
+#[derive(Clone, Copy)]
+pub(in crate::attention) struct KeyFields<'a> {
+    pub(in crate::attention) bytes: &'a [u8],
+    pub(in crate::attention) dtype: ScaleDtype,
+    pub(in crate::attention) fields: usize,
+    pub(in crate::attention) group: usize,
 }
 
 /// Queries of a page, or of all pages if scales are per token.
@@ -37,6 +44,8 @@ unsafe fn word(from: *const f32, scale: __m256, factor: f32) -> __m256i {
 pub(in crate::attention) struct Queries {
     stored: usize,
     limits: Limits,
+    /// Queries, `[stored / 8][column]` for each [`SHARED`] columns: one pointer goes through all.
+    eights: Vec<Eight>,
     /// Token groups that have scales of their own.
     groups: usize,
     /// `[group][stored]`.
@@ -53,6 +62,15 @@ pub(in crate::attention) struct Queries {
     exact: Vec<Lane>,
 }
 
+/// Eight channels of a query: as they are, times the levels' steps, and magnitudes and squares of the latter.
+#[derive(Clone, Copy, Default)]
+struct Eight {
+    q: Lane,
+    steps: Lane,
+    sizes: Lane,
+    squares: Lane,
+}
+
 /// What integers can hold of some levels.
 #[derive(Clone, Copy, Default)]
 struct Limits {
@@ -62,9 +80,20 @@ struct Limits {
 }
 
 impl Queries {
-    /// Begins a head: `ranges` are first slab, slabs and block of what has common scales.
-    pub(in crate::attention) fn begin(&mut self, levels: &[Arc<Levels>], ranges: &[(usize, usize, usize)]) {
+    /// Begins a head: `q` is `[column][stored]`, `ranges` are first slab, slabs and block of what has common scales.
+    pub(in crate::attention) fn begin(&mut self, q: &[f32], levels: &[Arc<Levels>], ranges: &[(usize, usize, usize)]) {
         self.stored = levels.len() * SLAB_CHANNELS;
+        self.eights.clear();
+        for part in q.chunks(SHARED * self.stored) {
+            for at in (0..self.stored).step_by(8) {
+                for row in part.chunks_exact(self.stored) {
+                    let q = Lane(row[at..at + 8].try_into().expect("eight channels"));
+                    let steps = q.0.map(|x| x * levels[at / SLAB_CHANNELS].step);
+                    let (sizes, squares) = (Lane(steps.map(f32::abs)), Lane(steps.map(|x| x * x)));
+                    self.eights.push(Eight { q, steps: Lane(steps), sizes, squares });
+                }
+            }
+        }
         self.chunks.clear();
         self.starts.clear();
         for &(first, slabs, _) in ranges {
@@ -75,25 +104,23 @@ impl Queries {
         self.limits = Limits { top: most(|l| l.top), rms: most(|l| l.rms), error: most(|l| l.error) };
     }
 
-    /// Lays out all columns for integers. `q` and `steps` (times the levels' steps) are `[column][stored]`; `scales` are the fields
-    /// of a page, how many there are for a channel, and the tokens of a group.
+    /// Lays out all columns for integers.
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub(in crate::attention) fn lay(&mut self, q: &[f32], steps: &[f32], scales: Option<(&[f32], usize, usize)>) {
-        let (stored, limits) = (self.stored, self.limits);
-        let columns = q.len() / stored;
-        self.groups = scales.map_or(1, |s| PAGE_TOKENS / s.2);
-        self.read_scales(scales);
+    pub(in crate::attention) fn lay(&mut self, fields: Option<KeyFields>) {
+        let stored = self.stored;
+        let columns = 8 * self.eights.len() / stored;
+        self.groups = fields.map_or(1, |f| PAGE_TOKENS / f.group);
+        self.read(fields);
         self.words.resize(columns * stored / 4 * self.wide(), Words::default());
         self.factors.resize(columns * self.chunks.len(), 0.0);
         self.errors.resize(columns, 0.0);
         self.bases.resize(columns, [0.0; 8]);
         for first in (0..columns).step_by(SHARED) {
-            let (q, steps) = (&q[first * stored..], &steps[first * stored..]);
             match columns - first {
-                1 => self.part::<1>(first, q, steps, limits),
-                2 => self.part::<2>(first, q, steps, limits),
-                3 => self.part::<3>(first, q, steps, limits),
-                _ => self.part::<4>(first, q, steps, limits),
+                1 => self.part::<1>(first),
+                2 => self.part::<2>(first),
+                3 => self.part::<3>(first),
+                _ => self.part::<4>(first),
             }
         }
     }
@@ -103,36 +130,46 @@ impl Queries {
         if self.groups > 1 { 2 } else { 1 }
     }
 
+    /// Scales and means of a page.
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn read_scales(&mut self, scales: Option<(&[f32], usize, usize)>) {
+    fn read(&mut self, fields: Option<KeyFields>) {
         let len = self.groups * self.stored;
         self.scales.resize(len, 1.0);
         self.means.resize(len, 0.0);
-        match scales {
-            Some((fields, 2, _)) => {
-                let to = self.scales.chunks_exact_mut(8).zip(self.means.chunks_exact_mut(8));
-                for (x, (s, m)) in fields.chunks_exact(16).zip(to) {
-                    // SAFETY: 16, 8 and 8 elements: four scales, four means, and again.
-                    unsafe {
-                        let (x, y) = (_mm256_loadu_ps(x.as_ptr()), _mm256_loadu_ps(x.as_ptr().add(8)));
-                        _mm256_storeu_ps(s.as_mut_ptr(), _mm256_permute2f128_ps::<0x20>(x, y));
-                        _mm256_storeu_ps(m.as_mut_ptr(), _mm256_permute2f128_ps::<0x31>(x, y));
-                    }
+        let Some(KeyFields { bytes, dtype, fields, .. }) = fields else {
+            self.scales.fill(1.0);
+            self.means.fill(0.0);
+            return;
+        };
+        let z = dtype.bytes();
+        assert!(bytes.len() >= len * fields * z);
+        if (dtype, fields) == (ScaleDtype::Fp16, 2) {
+            let to = self.scales.chunks_exact_mut(8).zip(self.means.chunks_exact_mut(8));
+            for (x, (s, m)) in bytes.chunks_exact(32).zip(to) {
+                // SAFETY: 32 bytes: four scales, four means, and again; eight elements each.
+                unsafe {
+                    let [x, y] = [0, 16].map(|at| _mm256_cvtph_ps(_mm_loadu_si128(x.as_ptr().add(at).cast())));
+                    _mm256_storeu_ps(s.as_mut_ptr(), _mm256_permute2f128_ps::<0x20>(x, y));
+                    _mm256_storeu_ps(m.as_mut_ptr(), _mm256_permute2f128_ps::<0x31>(x, y));
                 }
-                return;
             }
-            Some((fields, _, _)) => self.scales.copy_from_slice(&fields[..len]),
-            None => self.scales.fill(1.0),
+            return;
         }
-        self.means.fill(0.0);
+        for (i, (s, m)) in self.scales.iter_mut().zip(&mut self.means).enumerate() {
+            // Four of each kind in turn.
+            let at = (i / 4 * 4 * fields + i % 4) * z;
+            *s = dtype.read(&bytes[at..]);
+            *m = if fields == 2 { dtype.read(&bytes[at + 4 * z..]) } else { 0.0 };
+        }
     }
 
-    /// Lays out `C` columns from `first` on; `q` and `steps` begin there.
+    /// Lays out `C` columns from `first` on.
     #[allow(clippy::needless_range_loop)] // Columns and groups index everything.
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn part<const C: usize>(&mut self, first: usize, q: &[f32], steps: &[f32], limits: Limits) {
-        let (stored, groups, all) = (self.stored, self.groups, |x: f32| _mm256_set1_ps(x));
-        assert!(q.len() >= C * stored && steps.len() >= C * stored && self.scales.len() == groups * stored);
+    fn part<const C: usize>(&mut self, first: usize) {
+        let (stored, groups, limits, all) = (self.stored, self.groups, self.limits, |x: f32| _mm256_set1_ps(x));
+        let eights = &self.eights[first * stored / 8..][..C * stored / 8];
+        assert!(self.scales.len() == groups * stored);
         assert!(self.means.len() == groups * stored && self.chunks.iter().all(|c| (c.0 + c.1) * SLAB_CHANNELS <= stored));
         let mut bases = [[_mm256_setzero_ps(); 4]; C];
         let mut factors = [[0.0; C]; MAX_HEAD_DIM / SLAB_CHANNELS];
@@ -149,12 +186,12 @@ impl Queries {
                         unsafe {
                             let scale = _mm256_loadu_ps(self.scales.as_ptr().add(g * stored + at));
                             let mean = _mm256_loadu_ps(self.means.as_ptr().add(g * stored + at));
+                            let (size, square_of) = (magnitude(scale), _mm256_mul_ps(scale, scale));
                             for c in 0..C {
-                                let x = _mm256_mul_ps(_mm256_loadu_ps(steps.as_ptr().add(c * stored + at)), scale);
-                                sum[c] = _mm256_add_ps(sum[c], magnitude(x));
-                                square[c] = _mm256_fmadd_ps(x, x, square[c]);
-                                let q = _mm256_loadu_ps(q.as_ptr().add(c * stored + at));
-                                bases[c][g] = _mm256_fmadd_ps(q, mean, bases[c][g]);
+                                let x = &*eights.as_ptr().add(at / 8 * C + c);
+                                sum[c] = _mm256_fmadd_ps(size, _mm256_load_ps(x.sizes.0.as_ptr()), sum[c]);
+                                square[c] = _mm256_fmadd_ps(square_of, _mm256_load_ps(x.squares.0.as_ptr()), square[c]);
+                                bases[c][g] = _mm256_fmadd_ps(mean, _mm256_load_ps(x.q.0.as_ptr()), bases[c][g]);
                             }
                         }
                     }
@@ -169,17 +206,21 @@ impl Queries {
             // Halves of a register meet in different sums.
             let [low, high] = halves(sums, |a, b| _mm256_hadd_ps(a, b));
             let sum = _mm256_max_ps(low, high);
-            let [low, high] = halves(squares, |a, b| {
-                _mm256_max_ps(_mm256_shuffle_ps::<0b10_00_10_00>(a, b), _mm256_shuffle_ps::<0b11_01_11_01>(a, b))
+            // Of the squares, the largest sum of two lanes bounds the largest number, and all four are the error.
+            let two = [0, 2, 4, 6].map(|i| _mm256_hadd_ps(squares[i], squares[i + 1]));
+            let join = |x: [__m256; 2]| [_mm256_permute2f128_ps::<0x20>(x[0], x[1]), _mm256_permute2f128_ps::<0x31>(x[0], x[1])];
+            let all_four = join([_mm256_hadd_ps(two[0], two[1]), _mm256_hadd_ps(two[2], two[3])]);
+            let most = [0, 2].map(|i| {
+                let even = _mm256_shuffle_ps::<0b10_00_10_00>(two[i], two[i + 1]);
+                _mm256_max_ps(even, _mm256_shuffle_ps::<0b11_01_11_01>(two[i], two[i + 1]))
             });
-            // What shares a lane bounds the largest.
+            let [low, high] = join(most);
             let top = _mm256_sqrt_ps(_mm256_max_ps(low, high));
             let inverse = _mm256_max_ps(_mm256_mul_ps(top, all(1.0 / 32767.0)), _mm256_mul_ps(sum, all(limits.top / RANGE)));
             let inverse = _mm256_max_ps(all(1.0 / MOST), inverse);
             let factor = _mm256_div_ps(all(1.0), inverse);
-            let [low, high] = halves(squares, |a, b| _mm256_hadd_ps(a, b));
             let rounding = _mm256_mul_ps(all(limits.rms), inverse);
-            let levels = _mm256_mul_ps(_mm256_add_ps(low, high), all(limits.error * limits.error));
+            let levels = _mm256_mul_ps(_mm256_add_ps(all_four[0], all_four[1]), all(limits.error * limits.error));
             // SAFETY: eight aligned elements.
             let lens = unsafe { _mm256_load_ps(lens.0.as_ptr()) };
             let error = floats(_mm256_fmadd_ps(_mm256_mul_ps(rounding, rounding), lens, levels));
@@ -195,10 +236,18 @@ impl Queries {
         // Apart from the above, so that nothing waits for the divisions.
         for (n, factors) in factors.into_iter().enumerate().take(self.chunks.len()) {
             if groups == 1 {
-                self.round::<C>(first, self.chunks[n], steps, factors);
+                self.round::<C>(first, self.chunks[n], factors);
             } else {
-                self.round_split::<C>(first, self.chunks[n], steps, factors);
+                self.round_split::<C>(first, self.chunks[n], factors);
             }
+        }
+        if groups == 1 {
+            let mut all = [_mm256_setzero_ps(); 4];
+            all.iter_mut().zip(&bases).for_each(|(all, base)| *all = base[0]);
+            let x = _mm256_hadd_ps(_mm256_hadd_ps(all[0], all[1]), _mm256_hadd_ps(all[2], all[3]));
+            let x = floats(_mm256_add_ps(x, _mm256_permute2f128_ps::<1>(x, x)));
+            self.bases[first..first + C].iter_mut().zip(x).for_each(|(to, x)| *to = [x; 8]);
+            return;
         }
         for (to, base) in self.bases[first..].iter_mut().zip(bases) {
             for (g, base) in base.into_iter().enumerate().take(groups) {
@@ -210,19 +259,26 @@ impl Queries {
     /// Rounds products of some slabs and puts them where the integers want them.
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn round<const C: usize>(&mut self, first: usize, (slab, slabs): (usize, usize), steps: &[f32], factors: [f32; C]) {
+    fn round<const C: usize>(&mut self, first: usize, (slab, slabs): (usize, usize), factors: [f32; C]) {
         let (pick, stored) = (picks(), self.stored);
         let words = &mut self.words[first * stored / 4 + slab * 4 * C..][..slabs * 4 * C];
         let scales = &self.scales[slab * SLAB_CHANNELS..][..slabs * SLAB_CHANNELS];
-        let steps = &steps[slab * SLAB_CHANNELS..][..(C - 1) * stored + slabs * SLAB_CHANNELS];
+        let eights = &self.eights[first * stored / 8 + slab * C * SLAB_CHANNELS / 8..][..slabs * C * SLAB_CHANNELS / 8];
         for (eight, (scale, words)) in scales.chunks_exact(8).zip(words.chunks_exact_mut(2 * C)).enumerate() {
             // SAFETY: eight channels of each column, and 2 C words.
             unsafe {
                 let (scale, to) = (_mm256_loadu_ps(scale.as_ptr()), words.as_mut_ptr().cast::<__m256i>());
-                for (c, factor) in factors.into_iter().enumerate() {
-                    let x = word(steps.as_ptr().add(c * stored + 8 * eight), scale, factor);
+                let row = |c: usize| rounded(&*eights.as_ptr().add(C * eight + c), scale, factors[c]);
+                for c in (0..C).step_by(2) {
+                    // Two columns share a register.
+                    let both = [row(c), row((c + 1).min(C - 1))];
+                    let x = _mm256_packs_epi32(both[0], both[1]);
                     _mm256_store_si256(to.add(c), _mm256_shuffle_epi8(x, pick[0]));
                     _mm256_store_si256(to.add(C + c), _mm256_shuffle_epi8(x, pick[1]));
+                    if c + 1 < C {
+                        _mm256_store_si256(to.add(c + 1), _mm256_shuffle_epi8(x, pick[2]));
+                        _mm256_store_si256(to.add(C + c + 1), _mm256_shuffle_epi8(x, pick[3]));
+                    }
                 }
             }
         }
@@ -231,11 +287,11 @@ impl Queries {
     /// As [`Queries::round`], where token groups differ.
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn round_split<const C: usize>(&mut self, first: usize, (slab, slabs): (usize, usize), steps: &[f32], factors: [f32; C]) {
+    fn round_split<const C: usize>(&mut self, first: usize, (slab, slabs): (usize, usize), factors: [f32; C]) {
         let (pick, stored, groups) = (picks(), self.stored, self.groups);
         let words = &mut self.words[2 * (first * stored / 4 + slab * 4 * C)..][..2 * slabs * 4 * C];
         let scales = &self.scales[slab * SLAB_CHANNELS..][..(groups - 1) * stored + slabs * SLAB_CHANNELS];
-        let steps = &steps[slab * SLAB_CHANNELS..][..(C - 1) * stored + slabs * SLAB_CHANNELS];
+        let eights = &self.eights[first * stored / 8 + slab * C * SLAB_CHANNELS / 8..][..slabs * C * SLAB_CHANNELS / 8];
         for (eight, words) in words.chunks_exact_mut(4 * C).enumerate() {
             // SAFETY: eight channels of each column and group, and 4 C words.
             unsafe {
@@ -244,8 +300,9 @@ impl Queries {
                 let group = |k: usize| _mm256_loadu_ps(scales.as_ptr().add(k * groups / 4 * stored + 8 * eight));
                 let scales = [group(0), group(1), group(2), group(3)];
                 for (c, factor) in factors.into_iter().enumerate() {
-                    let x = scales.map(|s| word(steps.as_ptr().add(c * stored + 8 * eight), s, factor));
-                    for (odd, pick) in pick.iter().enumerate() {
+                    let x = scales.map(|s| rounded(&*eights.as_ptr().add(C * eight + c), s, factor));
+                    let x = x.map(|x| _mm256_packs_epi32(x, x));
+                    for (odd, pick) in pick.iter().take(2).enumerate() {
                         for which in 0..2 {
                             let y = [x[2 * which], x[2 * which + 1]].map(|x| _mm256_shuffle_epi8(x, *pick));
                             let y = _mm256_blend_epi32::<0b1100_1100>(y[0], y[1]);
