@@ -11,37 +11,10 @@
 // bytes a lane. Per channel: four warps share four strips, a slab each, and go through four pages. Codes by a table of cells.
 #include "page.cuh"
 #include "strip.cuh"
-
-struct SealSide {
-  const uint8_t* x;        // [batch, heads, tokens, dim], unit stride along dim
-  const uint8_t* tail;     // [batch, slots, heads, dim]
-  const float* threshold;  // of the codebook
-  long long stride[3];     // of batch, heads and tokens, in bytes
-  int slabs;               // of a head
-  int domain;              // slabs that one tile, and with it one block, does not reach beyond
-  int domain_tiles, tiles; // tiles of a domain, and of all heads
-  int tile;                // slabs of a tile
-  int units;               // pages, or (per channel) groups of four pages, of a sequence
-  int warps;               // of a team
-  int per_token, block;    // slabs of a per-token block
-  int groups;              // per-channel blocks of a page
-  int blocks, code_bytes, half_offset, fields, field_size, kind, scale_dtype, levels;
-  float cell_scale, cell_offset;
-};
-
-struct SealArguments {
-  const Codec* codec;
-  const int4* counts;  // sinks, pages, tail, open
-  const unsigned long long* table;
-  long long capacity;
-  int batch, tokens, heads, page_bytes, sink_slots, tail_slots, window, single_slots;
-  SealSide side[2];
-};
-static_assert(sizeof(SealSide) == 128 && sizeof(SealArguments) == 64 + 2 * 128, "as in src/cuda/seal.rs");
+#include "seal_arguments.cuh"
 
 namespace nqkv {
 
-constexpr unsigned long long ADDRESS = (1ull << 56) - 1;
 constexpr int WARPS = 8, STAGES = 3, STRIP_TOKENS = 16, STRIP_BYTES = 16 * 128;
 constexpr int TABLE_BYTES = CELLS * 32 * 8;
 
@@ -384,9 +357,7 @@ template <class T, bool VALUE> DEVICE void seal_tokens(const SealArguments& a, c
   }
 }
 
-// One half of the pages, keys (per channel or per token) or values: as many blocks as the device holds.
-enum Half { KEYS_PER_CHANNEL, KEYS, VALUES };
-
+// One half of the pages: as many blocks as the device holds.
 template <class T, Half HALF> DEVICE void seal(const SealArguments& a) {
   extern __shared__ __align__(128) uint8_t shared[];
   const int warp = threadIdx.x / 32;

@@ -67,6 +67,14 @@ kernels! {
         PagesRead = "pages_read",
         PagesSet = "pages_set",
     ],
+    "prompt": [
+        PromptChannelsF16 = "prompt_channels_f16",
+        PromptChannelsBf16 = "prompt_channels_bf16",
+        PromptKeysF16 = "prompt_keys_f16",
+        PromptKeysBf16 = "prompt_keys_bf16",
+        PromptValuesF16 = "prompt_values_f16",
+        PromptValuesBf16 = "prompt_values_bf16",
+    ],
     "seal": [
         SealChannelsF16 = "seal_channels_f16",
         SealChannelsBf16 = "seal_channels_bf16",
@@ -87,6 +95,13 @@ impl Kernel {
     /// Dynamic shared memory that a launch may ask for.
     pub(super) fn shared_bytes(self) -> usize {
         match self {
+            // The table of cells, then eight warps' stages.
+            Self::PromptChannelsF16
+            | Self::PromptChannelsBf16
+            | Self::PromptKeysF16
+            | Self::PromptKeysBf16
+            | Self::PromptValuesF16
+            | Self::PromptValuesBf16 => 16384 + 8 * 8192,
             // The table of cells, then eight warps' three strips of 2048 bytes.
             Self::SealChannelsF16
             | Self::SealChannelsBf16

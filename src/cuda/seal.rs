@@ -1,4 +1,4 @@
-//! The fast way into pages: which launches `cuda/seal.cu` takes, and their arguments.
+//! The fast ways into pages: which launches `cuda/prompt.cu` takes, which of the others `cuda/seal.cu`, and their arguments.
 
 use std::ffi::c_void;
 
@@ -14,7 +14,10 @@ use crate::tensor::Dtype;
 /// Of a block.
 const WARPS: usize = 8;
 
-/// `SealSide` of `cuda/seal.cu`.
+/// Blocks that a multiprocessor holds of the kernels of `cuda/prompt.cu`.
+const PROMPT_BLOCKS: usize = 2;
+
+/// `SealSide` of `cuda/seal_arguments.cuh`.
 #[repr(C)]
 struct SealSide {
     x: u64,
@@ -41,9 +44,11 @@ struct SealSide {
     levels: i32,
     cell_scale: f32,
     cell_offset: f32,
+    parts: i32,
+    unused: i32,
 }
 
-/// `SealArguments` of `cuda/seal.cu`.
+/// `SealArguments` of `cuda/seal_arguments.cuh`.
 #[repr(C)]
 struct SealArguments {
     codec: u64,
@@ -60,9 +65,50 @@ struct SealArguments {
     single_slots: i32,
     side: [SealSide; 2],
 }
-const _: () = assert!(size_of::<SealArguments>() == 64 + 2 * 128);
+const _: () = assert!(size_of::<SealArguments>() == 64 + 2 * 136);
+
+/// Whether numbers within 1 of 0 find their codes in the cells of `cuda/seal.cuh`: of width 1 / 29, each with at most one
+/// threshold, none of which is so small that its distance to a number could vanish.
+fn in_unit_cells(thresholds: &[f32]) -> bool {
+    // How far rounding can carry a number over the border of a cell.
+    const HAIR: f32 = 1e-3;
+    let within = thresholds.iter().all(|t| (2f32.powi(-20)..=1.0).contains(&t.abs()));
+    within
+        && (-32..32).all(|cell| {
+            let (from, to) = (cell as f32 / 29.0 - HAIR, (cell + 1) as f32 / 29.0 + HAIR);
+            thresholds.iter().filter(|&&t| from <= t && t <= to).count() <= 1
+        })
+}
+
+/// Parts of a list of pages, so that teams that take one part of one tile after the other finish together.
+fn parts(tiles: usize, pages: usize, teams: usize) -> usize {
+    let most = (4 * teams / tiles).clamp(1, pages.max(1));
+    let least = (teams / tiles / 2).clamp(1, most);
+    (least..=most).min_by_key(|&n| (tiles * n).div_ceil(teams) * pages.div_ceil(n)).unwrap_or(1)
+}
 
 impl Pages<'_> {
+    /// Makes the arguments of one half those of `cuda/prompt.cu`, if it takes it: the number of blocks.
+    fn prompt_side(&self, value: bool, s: &mut SealSide, pages: usize) -> Option<usize> {
+        let side = self.side(value);
+        let all = s.slabs as usize * self.codec.heads;
+        let kind = if s.per_token == 0 { ScaleKind::MeanAbsmax } else { ScaleKind::Absmax };
+        let whole = s.per_token != 0 || s.groups == 1;
+        // Places in a row of pages, and eight tokens of the input, are integers of 32 bits.
+        let small = all <= 1 << 13 && self.codec.row_bytes() < 1 << 31 && s.stride[2].unsigned_abs() < 1 << 28;
+        let thresholds = side.books[0].as_deref()?.thresholds();
+        if side.kind != kind || side.scale_dtype != ScaleDtype::Fp16 || !whole || !small || !in_unit_cells(thresholds) {
+            return None;
+        }
+        if s.per_token == 0 {
+            (s.warps, s.units) = (2, pages as i32);
+        }
+        let (tiles, pages, teams) = (s.tiles as usize, self.batch * s.units as usize, WARPS / s.warps as usize);
+        let blocks = (PROMPT_BLOCKS * self.device.processors()).min((tiles * pages).div_ceil(teams)).max(1);
+        s.parts = parts(tiles, pages, blocks * teams) as i32;
+        Some(blocks)
+    }
+
     fn seal_side(&self, value: bool, x: &DeviceView) -> Option<SealSide> {
         let side = self.side(value);
         let (layout, heads) = (&side.layout, self.codec.heads);
@@ -133,6 +179,8 @@ impl Pages<'_> {
             levels: book.levels().len() as i32,
             cell_scale,
             cell_offset,
+            parts: 0,
+            unused: 0,
         })
     }
 
@@ -142,18 +190,27 @@ impl Pages<'_> {
     /// As for [`super::DeviceCache::append`].
     pub(super) unsafe fn seal(&self, k: &DeviceView, v: &DeviceView, stream: Stream) -> Result<bool> {
         let [channels, keys, values] = match self.exact {
-            Dtype::F16 => [Kernel::SealChannelsF16, Kernel::SealKeysF16, Kernel::SealValuesF16],
-            Dtype::Bf16 => [Kernel::SealChannelsBf16, Kernel::SealKeysBf16, Kernel::SealValuesBf16],
+            Dtype::F16 => [
+                [Kernel::SealChannelsF16, Kernel::PromptChannelsF16],
+                [Kernel::SealKeysF16, Kernel::PromptKeysF16],
+                [Kernel::SealValuesF16, Kernel::PromptValuesF16],
+            ],
+            Dtype::Bf16 => [
+                [Kernel::SealChannelsBf16, Kernel::PromptChannelsBf16],
+                [Kernel::SealKeysBf16, Kernel::PromptKeysBf16],
+                [Kernel::SealValuesBf16, Kernel::PromptValuesBf16],
+            ],
             _ => return Ok(false),
         };
-        let shared = values.shared_bytes();
-        if shared + 4096 > self.device.shared_limit() {
+        // Of a block, with what the kernels have beside it.
+        let room = |kernel: Kernel| kernel.shared_bytes() + 4096 <= self.device.shared_limit();
+        let (Some(key), Some(value)) = (self.seal_side(false, k), self.seal_side(true, v)) else { return Ok(false) };
+        if !room(values[0]) {
             return Ok(false);
         }
-        let (Some(key), Some(value)) = (self.seal_side(false, k), self.seal_side(true, v)) else { return Ok(false) };
         let scheme = &self.codec.scheme;
         let single = scheme.writes_single_slots();
-        let steps = [&key, &value].map(|s| (self.batch * (s.units * s.tiles * 4) as usize).div_ceil(WARPS / s.warps as usize));
+        let pages = k.shape[2].div_ceil(PAGE_TOKENS) + usize::from(single);
         let mut a = SealArguments {
             codec: self.room.codec,
             counts: self.room.counts,
@@ -169,14 +226,54 @@ impl Pages<'_> {
             single_slots: i32::from(single),
             side: [key, value],
         };
-        // Blocks that a multiprocessor holds: the launch bounds of the kernels.
-        let kernels = [if a.side[0].per_token == 0 { (channels, 3) } else { (keys, 2) }, (values, 2)];
+        let mut launches = [(values[0], 0); 2];
+        for (value, s) in a.side.iter_mut().enumerate() {
+            // Blocks that a multiprocessor holds of those of cuda/seal.cu: their launch bounds.
+            let ([any, prompt], held) = match (value, s.per_token) {
+                (1, _) => (values, 2),
+                (_, 0) => (channels, 3),
+                _ => (keys, 2),
+            };
+            let blocks = if room(prompt) { self.prompt_side(value == 1, s, pages) } else { None };
+            launches[value] = blocks.map_or_else(
+                || {
+                    let steps = (self.batch * (s.units * s.tiles * 4) as usize).div_ceil(WARPS / s.warps as usize);
+                    (any, (self.device.processors() * held).min(steps.max(1)))
+                },
+                |blocks| (prompt, blocks),
+            );
+        }
         let argument: *mut c_void = (&raw mut a).cast();
-        for ((kernel, held), steps) in kernels.into_iter().zip(steps) {
-            let blocks = (self.device.processors() * held).min(steps.max(1));
+        for (kernel, blocks) in launches {
             // SAFETY: the one parameter is this struct; the addresses in it are the room's and the caller's tensors.
-            unsafe { self.device.launch(kernel, (blocks, 1, 1), 32 * WARPS, shared, stream, &mut [argument])? };
+            unsafe { self.device.launch(kernel, (blocks, 1, 1), 32 * WARPS, kernel.shared_bytes(), stream, &mut [argument])? };
         }
         Ok(true)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::scheme::BookSpec;
+
+    #[test]
+    fn cells_hold_the_thresholds_of_nf4_but_not_a_threshold_of_0() {
+        let nf4 = BookSpec::Name("nf4".into()).build().unwrap().to_fp16().unwrap();
+        assert!(in_unit_cells(nf4.thresholds()));
+        assert!(!in_unit_cells(&[-0.5, 0.0, 0.5]) && !in_unit_cells(&[0.5, 1.1]) && !in_unit_cells(&[0.21, 0.22]));
+    }
+
+    #[test]
+    fn parts_keep_all_teams_busy() {
+        for (tiles, pages, teams) in [(16, 4096, 1056), (16, 4080, 2112), (1, 3, 2112), (80, 255, 1056), (3000, 40, 1056)] {
+            let n = parts(tiles, pages, teams);
+            let longest = (tiles * n).div_ceil(teams) * pages.div_ceil(n);
+            assert!((1..=pages).contains(&n));
+            assert!(
+                longest <= 1 + (tiles * pages).div_ceil(teams) * 5 / 4,
+                "{tiles} {pages} {teams}: {n} parts, {longest} pages"
+            );
+        }
     }
 }

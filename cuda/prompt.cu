@@ -1,0 +1,346 @@
+// Prompts into pages, the fastest way: 16-bit tokens into 4-bit slabs, absmax or mean_absmax, fp16 scales.
+// target: compute_80
+// isa: 8.0
+// expect: sm_90 LDSM.16.M88.4 >= 8
+// expect: sm_90 LDSM.16.MT88.4 >= 4
+// expect: sm_90 LDGSTS.E.BYPASS.128 >= 8
+//
+// What cuda/seal.cu does for every kind of block, cuda/seal.cuh does here for these. Every warp walks through tiles of 64 tokens
+// on its own, the next one on its way while it works: per channel 2 slabs, all of it at once; per token 4 slabs, by strips of 16
+// tokens, three of which are under way. Warps of a team exchange the largest magnitude of a block that is longer.
+#include "seal.cuh"
+#include "seal_arguments.cuh"
+
+namespace nqkv {
+
+constexpr int STAGE_BYTES = 8192;  // of a warp
+
+// A team's part of the list of pages, all sequences' one after the other, for one tile of each.
+struct Run {
+  int tile, at, end;
+
+  // Parts are numbered tiles first, so that warps side by side read rows side by side.
+  DEVICE Run(const SealArguments& a, const SealSide& s, int part) {
+    const int parts = s.parts, number = part / unsigned(s.tiles), pages = a.batch * s.units, each = pages / unsigned(parts);
+    const int more = pages - each * parts;
+    tile = part - number * s.tiles;
+    at = number * each + min(number, more), end = at + each + (number < more);
+  }
+};
+
+// What is needed now and then is made anew then, rather than held in registers: the compiler takes this for another number.
+DEVICE int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+// Division of numbers up to 2^13 by numbers up to 2^13.
+struct Divisor {
+  uint32_t factor;
+  DEVICE explicit Divisor(uint32_t d) : factor((0x7fffffffu + d) / d) {}
+  DEVICE int of(uint32_t x) const { return __umulhi(2 * x, factor); }
+};
+
+// Where a slab of the row of all stands: its codes in a row of pages, its number in its head.
+struct Place {
+  int codes, in_head;
+  DEVICE Place(const SealArguments& a, const SealSide& s, int slab) {
+    const int head = Divisor(s.slabs).of(slab);
+    in_head = slab - head * s.slabs, codes = head * a.page_bytes + s.half_offset + 512 * in_head;
+  }
+};
+
+// A lane's 16 bytes of a token, 8 channels of a slab.
+struct Column {
+  int head, channel;
+  DEVICE Column(const SealSide& s, int slab, int half) : head(Divisor(s.slabs).of(slab)) {
+    channel = (slab - head * s.slabs) * SLAB_CHANNELS + half * 8;
+  }
+};
+
+// Where the tokens of a sequence's pages come from: page `unit` begins `low` before token 64 unit of the stream, of which
+// `limit` go to pages. Slots below `low` of page 0 have been written before.
+struct Source {
+  int b, unit, entry, limit, low;
+  int ready;             // pages before it need tokens of the tail, or have slots that are written already
+  const uint8_t* input;  // this lane's 16 bytes of token 0 of the stream, had it come in
+
+  DEVICE int slot_0() const { return unit * PAGE_TOKENS - low; }
+  DEVICE int from() const { return unit == 0 ? low : 0; }
+  DEVICE int to() const { return min(PAGE_TOKENS, limit - slot_0()); }
+  // Whether all of its 64 tokens have come in.
+  DEVICE bool direct() const { return unit >= ready && limit - slot_0() >= PAGE_TOKENS; }
+
+  DEVICE void open(const SealArguments& a, const SealSide& s, int at, const Column& column) {
+    b = at / unsigned(s.units), unit = at - b * s.units;
+    const int4 n = __ldg(a.counts + b);
+    const int skip = min(a.tokens, a.sink_slots - n.x), incoming = a.tokens - skip;
+    low = 0, ready = (n.z + PAGE_TOKENS - 1) / PAGE_TOKENS;
+    entry = int(b * a.capacity) + n.y;
+    if (a.single_slots) {
+      const int last = n.y > 0 ? int(__ldg(a.table + entry - 1) >> 56) : PAGE_TOKENS, room = n.w ? PAGE_TOKENS - last : 0;
+      if (room > 0) entry--, low = last, ready = 1;
+      limit = incoming;
+    } else {
+      const int beyond = n.z + incoming - a.window;
+      limit = beyond > 0 ? beyond & -PAGE_TOKENS : 0;
+    }
+    input = s.x + b * s.stride[0] + column.head * s.stride[1] + (skip - n.z) * s.stride[2] + 2 * column.channel;
+  }
+  // Of token i of the stream.
+  DEVICE const uint8_t* at(const SealArguments& a, const SealSide& s, const Column& column, int i) const {
+    if (i >= __ldg(&a.counts[b].z)) return input + (long long)i * int(s.stride[2]);
+    return s.tail + 2 * ((((long long)b * a.tail_slots + i) * a.heads + column.head) * s.slabs * SLAB_CHANNELS + column.channel);
+  }
+  DEVICE uint8_t* row(const SealArguments& a) const { return (uint8_t*)(__ldg(a.table + entry + unit) & ADDRESS); }
+};
+
+DEVICE void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int LEFT> DEVICE void wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
+  __syncwarp();
+}
+
+struct Team {
+  int warps, rank, barrier;
+  uint32_t room;  // of two times four numbers for each of 16 tokens
+
+  DEVICE void wait() const { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(warps * 32) : "memory"); }
+};
+
+// The largest of a team's magnitudes of each of 16 tokens.
+template <int COUNT> DEVICE float over_team(float x, Team& team) {
+  if (team.warps == 1) return x;
+  const int lane = lane_of(), token = COUNT == 4 ? lane % 4 * 4 + own<4>() : lane / 4 * 2 + own<2>();
+  const uint32_t at = team.room + token * 16;
+  if (!writes_zero<COUNT>()) asm volatile("st.shared.f32 [%0], %1;" ::"r"(at + team.rank * 4), "f"(x) : "memory");
+  team.wait();
+  float y[4];
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(y[0]), "=f"(y[1]), "=f"(y[2]), "=f"(y[3]) : "r"(at) : "memory");
+  // Two rooms in turn: a warp may be a strip ahead of one that still reads.
+  team.room ^= 256;
+  return fmaxf(fmaxf(y[0], y[1]), fmaxf(y[2], y[3]));
+}
+
+// Per channel: tiles of 64 tokens x 4 slabs, two stages. A warp of two copies 32 tokens, and seals 2 slabs.
+template <class T> DEVICE void prompt_channels(const SealArguments& a, const SealSide& s, const Run& run, uint32_t stages, const Codes& code, const Team& team) {
+  const int lane = lane_of();
+  auto column_of = [&](int tile) { return Column(s, min(4 * tile + lane % 8 / 2, a.heads * s.slabs - 1), lane % 2); };
+  uint32_t to = stages + (32 * team.rank + lane / 8) * 128 + (lane ^ lane / 8) % 8 * 16;
+  uint32_t from = stages + lane % 16 * 128 + (4 * team.rank + lane / 16 ^ lane % 8) * 16;
+  int other = STAGE_BYTES;
+  const Place first(a, s, 4 * run.tile + 2 * team.rank);
+  Source source;
+  source.open(a, s, run.at, column_of(run.tile));
+  int left = run.end - run.at;
+  // Starts a page's tile on its way to a stage. Its row, or null.
+  auto copy = [&]() -> uint8_t* {
+    uint8_t* row = nullptr;
+    if (left > 0 && source.to() > 0) {
+      row = source.row(a);
+      int i = source.slot_0() + 32 * team.rank + lane / 8;
+      if (source.direct()) {
+        const int stride = int(s.stride[2]);
+        const uint8_t* x = source.input + (long long)i * stride;
+#pragma unroll
+        for (int p = 0; p < 8; p++, x += 4 * stride) copy_16((to ^ 64 * (p % 2)) + 512 * p, x, true);
+      } else {
+        const Column column = column_of(opaque(run.tile));
+#pragma unroll 1
+        for (int p = 0; p < 8; p++, i += 4) copy_16((to ^ 64 * (p % 2)) + 512 * p, source.at(a, s, column, i), true);
+      }
+    }
+    commit();
+    if (++source.unit == s.units && left > 1) source.open(a, s, (source.b + 1) * s.units, column_of(opaque(run.tile)));
+    left--, to += other, other = -other;
+    return row;
+  };
+  uint8_t* ahead = copy();
+#pragma unroll 1
+  while (left >= 0) {
+    uint8_t* const row = ahead;
+    wait<0>();
+    team.wait();  // the tile has come, and the stage that is written next has been read
+    ahead = copy();
+    if (row) {
+      const int slabs = min(2, a.heads * s.slabs - 4 * run.tile - 2 * team.rank);
+#pragma unroll 1
+      for (int i = 0; i < slabs; i++) {
+        Place place = first;
+        if (i) place.codes += 512, place.in_head++;
+        if (i && s.slabs % 2) place = Place(a, s, 4 * opaque(run.tile) + 2 * team.rank + 1);  // perhaps the next head's first
+        uint8_t* codes = row + place.codes;
+        seal_channel_slab<T>(from ^ 32 * i, 2048, codes, codes + (s.code_bytes - 448 * place.in_head), code);
+      }
+    }
+    from += other;
+  }
+}
+
+// A tile of a team: its first slab in the row of all slabs, and how many; the same of one of its warps.
+struct Tile {
+  int first, have, slab, slabs;
+  DEVICE Tile(const SealSide& s, int tile, int rank) {
+    const int domain = Divisor(s.domain_tiles).of(tile), start = (tile - domain * s.domain_tiles) * s.tile;
+    first = domain * s.domain + start, have = min(s.tile, s.domain - start);
+    slab = first + 4 * rank, slabs = min(4, have - 4 * rank);
+  }
+  // A lane's bytes; any, if it has none.
+  DEVICE Column column(const SealSide& s, int lane) const { return Column(s, lane % 8 / 2 < slabs ? slab + lane % 8 / 2 : first, lane % 2); }
+};
+
+// Per token: tiles of 64 tokens x 4 slabs, a stage for each of four strips.
+template <class T, bool VALUE> DEVICE void prompt_tokens(const SealArguments& a, const SealSide& s, const Run& run, uint32_t stages, const Codes& code, Team& team) {
+  constexpr int COUNT = VALUE ? 4 : 2, STRIP = 16, STRIP_BYTES = STRIP * 128;
+  const int lane = lane_of();
+  const uint32_t to = stages + lane / 8 * 128 + (lane ^ lane / 8) % 8 * 16;
+  const int read_row = VALUE ? lane % 8 + lane / 16 * 8 : lane % 16, second = VALUE ? lane / 8 % 2 : lane / 16;
+  const uint32_t from = stages + read_row * 128 + (second ^ lane % 8) * 16;
+  const Tile tile(s, run.tile, team.rank);
+  const bool take = lane % 8 / 2 < tile.slabs;
+  // Slabs whose codes stand one after the other, from `codes` on; -1 if they reach into the next head.
+  const Place place(a, s, max(tile.slabs, 0) > 0 ? tile.slab : tile.first);
+  const int codes = place.codes + 16 * lane, beside = place.in_head + tile.slabs <= s.slabs ? max(tile.slabs, 0) : -1;
+  // This lane's scales of strip 0, if it writes any: of one block of a head, by one warp, or of a block over several heads, the
+  // same for all of them, by the team's warps in turn.
+  const int slot = VALUE ? lane % 4 * 2 + own<COUNT>() % 2 + own<COUNT>() / 2 * 8 : lane / 4 + 8 * own<COUNT>();
+  int scales, copies;
+  {
+    const Divisor by_slabs(s.slabs);
+    const int head = by_slabs.of(tile.first), last = by_slabs.of(tile.first + tile.have - 1);
+    const int block = s.domain == s.slabs && s.blocks > 1 ? (tile.first - head * s.slabs) / s.block : 0;
+    scales = (head + team.rank) * a.page_bytes + s.half_offset + s.code_bytes + 2 * ((8 * (slot % 8) + slot / 8) * s.blocks + block);
+    copies = writes_zero<COUNT>() ? 0 : (last - head - team.rank + team.warps) / team.warps;
+  }
+  Source source;
+  source.open(a, s, run.at, tile.column(s, lane));
+  int left = run.end - run.at;
+  // The next page's strips start on their way one by one; `x` is null unless all of its tokens came in.
+  const uint8_t* x = nullptr;
+  auto copy = [&](int strip) {
+    if (left > 0) {
+      const uint32_t at = to + STRIP_BYTES * strip;
+      const int stride = int(s.stride[2]);
+      if (strip == 0) x = source.direct() ? source.input + (long long)(source.slot_0() + lane / 8) * stride : nullptr;
+      if (x) {
+#pragma unroll
+        for (int p = 0; p < 4; p++, x += 4 * stride) copy_16((at ^ 64 * (p % 2)) + 512 * p, x, take);
+      } else {
+        const Column column = Tile(s, opaque(run.tile), team.rank).column(s, lane);
+        const int low = source.from(), high = source.to();
+#pragma unroll 1
+        for (int p = 0; p < 4; p++) {
+          const int n = STRIP * strip + lane / 8 + 4 * p;
+          const bool there = take && n >= low && n < high;
+          copy_16((at ^ 64 * (p % 2)) + 512 * p, there ? source.at(a, s, column, source.slot_0() + n) : s.x, there);
+        }
+      }
+    }
+    commit();
+  };
+#pragma unroll 1
+  for (int strip = 0; strip < 3; strip++) copy(strip);
+#pragma unroll 1
+  while (left > 0) {
+    const int low = source.from(), high = source.to();
+    const bool whole = low == 0 && high == PAGE_TOKENS;
+    uint8_t* const row = high > low ? source.row(a) : nullptr;
+    uint4 kept[4];
+#pragma unroll 1
+    for (int strip = 0; strip < 4; strip++) {
+      wait<2>();  // and the stage that is written next has been read
+      copy((strip + 3) % 4);
+      if (strip == 0) {
+        if (++source.unit == s.units && left > 1) source.open(a, s, (source.b + 1) * s.units, Tile(s, opaque(run.tile), team.rank).column(s, lane));
+        left--;
+      }
+      if (STRIP * strip >= high || STRIP * (strip + 1) <= low) continue;
+      uint32_t w[4][4], words[4];
+#pragma unroll
+      for (int i = 0; i < 4; i++) load_matrices<VALUE>(w[i], (from ^ i * 32) + STRIP_BYTES * strip);
+      const float top = over_team<COUNT>(largest_of_tokens<T, VALUE>(w), team), scale = rounded_scale(top);
+      if (whole || (slot + STRIP * strip >= low && slot + STRIP * strip < high)) {
+        uint8_t* at = row + (scales + 4 * strip * s.blocks);
+#pragma unroll 1
+        for (int i = 0; i < copies; i++, at += team.warps * a.page_bytes) store_global(at, __float2half_rn(scale));
+      }
+      codes_of_tokens<T, VALUE>(w, top, scale, code, words);
+      if (whole) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          if (strip == 0) kept[i].x = words[i];
+          else if (strip == 1) kept[i].y = words[i];
+          else if (strip == 2) kept[i].z = words[i];
+          else kept[i].w = words[i];
+        }
+        continue;
+      }
+      // Part of a page.
+      uint32_t mask = 0;
+#pragma unroll
+      for (int k = 0; k < COUNT; k++) {
+        const int n = STRIP * strip + (VALUE ? lane % 4 * 2 + k % 2 + k / 2 * 8 : lane / 4 + 8 * k);
+        const uint32_t nibbles = VALUE ? (k % 2 ? 0xf0f0u : 0x0f0fu) << k / 2 * 16 : 0x00ff00ffu << k * 8;
+        if (n >= low && n < high) mask |= nibbles;
+      }
+      const Tile again(s, opaque(run.tile), team.rank);
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        if (i >= again.slabs || mask == 0) break;
+        uint32_t* at = (uint32_t*)(row + Place(a, s, again.slab + i).codes) + 4 * lane + strip;
+        *at = mask == ALL ? words[i] : (*at & ~mask) | (words[i] & mask);
+      }
+    }
+    if (!row || !whole) continue;
+    if (beside >= 0) {
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+        if (i < beside) store_global(row + (codes + 512 * i), kept[i]);
+    } else {
+      const Tile again(s, opaque(run.tile), team.rank);
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+        if (i < again.slabs) store_global(row + (Place(a, s, again.slab + i).codes + 16 * lane), kept[i]);
+    }
+  }
+}
+
+// One half of the pages: as many blocks as the device holds, of a table and a stage for each warp.
+template <class T, Half HALF> DEVICE void prompt(const SealArguments& a) {
+  extern __shared__ __align__(1024) uint8_t shared[];
+  __shared__ __align__(512) float room[8][2][16][4];
+  const SealSide& s = a.side[HALF == VALUES];
+  fill_codes((float2*)shared, s.threshold, s.levels);
+  // What a team of two leaves out counts as 0.
+  if (HALF != KEYS_PER_CHANNEL)
+    for (int i = threadIdx.x; i < 8 * 128; i += blockDim.x) (&room[0][0][0][0])[i] = 0.f;
+  __syncthreads();
+  const Codes code((const float2*)shared);
+  const int warps = s.warps, warp = threadIdx.x / 32, team = warp / warps, teams = blockDim.x / 32 / warps;
+  if (team >= teams) return;
+  const uint32_t all_stages = uint32_t(__cvta_generic_to_shared(shared)) + CODES_BYTES;
+  Team mine = {warps, warp - team * warps, 1 + team, uint32_t(__cvta_generic_to_shared(room[team % 8]))};
+#pragma unroll 1
+  for (int part = blockIdx.x * teams + team; part < s.tiles * s.parts; part += gridDim.x * teams) {
+    const Run run(a, s, part);
+    if (run.at == run.end) continue;
+    if constexpr (HALF == KEYS_PER_CHANNEL) prompt_channels<T>(a, s, run, all_stages + team * 2 * STAGE_BYTES, code, mine);
+    else prompt_tokens<T, HALF == VALUES>(a, s, run, all_stages + warp * STAGE_BYTES, code, mine);
+    wait<0>();
+    if (HALF == KEYS_PER_CHANNEL) mine.wait();
+  }
+}
+
+}  // namespace nqkv
+using namespace nqkv;
+
+#ifndef CHANNEL_THREADS
+#define CHANNEL_THREADS 256
+#define TOKEN_THREADS 256
+#endif
+#define KERNELS(NAME, T)                                                                                                  \
+  extern "C" __global__ void __launch_bounds__(CHANNEL_THREADS, 2) prompt_channels_##NAME(const __grid_constant__ SealArguments a) { prompt<T, KEYS_PER_CHANNEL>(a); } \
+  extern "C" __global__ void __launch_bounds__(TOKEN_THREADS, 2) prompt_keys_##NAME(const __grid_constant__ SealArguments a) { prompt<T, KEYS>(a); } \
+  extern "C" __global__ void __launch_bounds__(TOKEN_THREADS, 2) prompt_values_##NAME(const __grid_constant__ SealArguments a) { prompt<T, VALUES>(a); }
+KERNELS(f16, __half)
+KERNELS(bf16, __nv_bfloat16)
