@@ -5,9 +5,9 @@
 // expect: sm_90 LDSM.16.MT88.4 >= 4
 // expect: sm_90 LDGSTS.E.BYPASS.128 >= 8
 //
-// What cuda/seal.cu does for every kind of block, cuda/seal.cuh does here for these. Every warp walks through tiles of 64 tokens
-// on its own, the next one on its way while it works: per channel 2 slabs, all of it at once; per token 4 slabs, by strips of 16
-// tokens, three of which are under way. Warps of a team exchange the largest magnitude of a block that is longer.
+// What cuda/seal.cu does for every kind of block, cuda/seal.cuh does here for these. Warps walk along the tokens of tiles of 4
+// slabs, the next 64 tokens or strips of 16 on their way while they work. Per channel two warps share a tile, since memory wants
+// rows of 128 bytes. Per token a warp has a tile of its own; warps of a team exchange the largest magnitudes of a longer block.
 #include "seal.cuh"
 #include "seal_arguments.cuh"
 
@@ -334,13 +334,9 @@ template <class T, Half HALF> DEVICE void prompt(const SealArguments& a) {
 }  // namespace nqkv
 using namespace nqkv;
 
-#ifndef CHANNEL_THREADS
-#define CHANNEL_THREADS 256
-#define TOKEN_THREADS 256
-#endif
 #define KERNELS(NAME, T)                                                                                                  \
-  extern "C" __global__ void __launch_bounds__(CHANNEL_THREADS, 2) prompt_channels_##NAME(const __grid_constant__ SealArguments a) { prompt<T, KEYS_PER_CHANNEL>(a); } \
-  extern "C" __global__ void __launch_bounds__(TOKEN_THREADS, 2) prompt_keys_##NAME(const __grid_constant__ SealArguments a) { prompt<T, KEYS>(a); } \
-  extern "C" __global__ void __launch_bounds__(TOKEN_THREADS, 2) prompt_values_##NAME(const __grid_constant__ SealArguments a) { prompt<T, VALUES>(a); }
+  extern "C" __global__ void __launch_bounds__(256, 2) prompt_channels_##NAME(const __grid_constant__ SealArguments a) { prompt<T, KEYS_PER_CHANNEL>(a); } \
+  extern "C" __global__ void __launch_bounds__(256, 2) prompt_keys_##NAME(const __grid_constant__ SealArguments a) { prompt<T, KEYS>(a); } \
+  extern "C" __global__ void __launch_bounds__(256, 2) prompt_values_##NAME(const __grid_constant__ SealArguments a) { prompt<T, VALUES>(a); }
 KERNELS(f16, __half)
 KERNELS(bf16, __nv_bfloat16)

@@ -10,7 +10,7 @@
 
 namespace nqkv {
 
-// Cell c of 64 holds u in [c - 32, c + 1 - 32) / 29, and at most one threshold: src/cuda/codec.rs checks it.
+// Cell c of 64 holds u in [c - 32, c + 1 - 32) / 29, and at most one threshold: src/cuda/seal.rs checks it.
 constexpr float CELLS_PER_UNIT = 29.f, MOST = 1.0625f;
 // u - t, times this, is at least 1 or at most 0: thresholds are no smaller than 2^-20.
 constexpr float STEEP = 1152921504606846976.f;  // 2^60
