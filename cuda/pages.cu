@@ -26,7 +26,9 @@ struct CacheArguments {
   int* arrived;
   Tensor x[2];
   long long capacity;  // entries of a sequence's table
-  int with_pages, tokens;
+  int with_pages;
+  int vectors;         // tokens are 16-bit numbers that are kept as they are, to be copied 16 bytes at a time
+  int tokens, padding;
 };
 
 namespace nqkv {
@@ -241,6 +243,42 @@ DEVICE void settle_exact(const CacheArguments& a, const Counts& n, const Stream&
   }
 }
 
+// The same, 16 bytes at a time.
+DEVICE void settle_vectors(const CacheArguments& a, const Counts& n, const Stream& stream, int sealed, int b, int h) {
+  const Codec& codec = *a.codec;
+  const int length = stream.length(a), kept = max(n.tail - sealed, 0), from = max(n.tail, sealed);
+#pragma unroll 1
+  for (int side = 0; side < 2; side++) {
+    const Side& s = codec.side[side];
+    const Tensor& x = a.x[side];
+    const int chunks = s.dim / 8, rows = unsigned(blockDim.x) / unsigned(chunks), row = threadIdx.x / unsigned(chunks), c = (threadIdx.x - row * chunks) * 8;
+    const bool mine = row < rows;
+    auto input = [&](int t) { return __ldcg((const uint4*)(x.data + 2 * (b * x.stride[0] + h * x.stride[1] + t * x.stride[2] + c))); };
+    auto exact = [&](uint8_t* data, int slots, int slot) { return (uint4*)(data + 2 * exact_at(codec, s, slots, b, slot, h, c)); };
+    for (int t = row; mine && t < stream.skip; t += rows) *exact(a.sinks[side], codec.sink_slots, n.sinks + t) = input(t);
+    if (codec.single_slots) continue;
+#pragma unroll 1
+    for (int first = 0; sealed > 0 && first < kept; first += rows) {
+      const int t = first + row;
+      const bool moves = mine && t < kept;
+      const uint4 v = moves ? __ldcg(exact(a.tail[side], codec.tail_slots, t + sealed)) : make_uint4(0, 0, 0, 0);
+      __syncthreads();
+      if (moves) *exact(a.tail[side], codec.tail_slots, t) = v;
+      __syncthreads();
+    }
+    for (int t = from + row; mine && t < length; t += rows) *exact(a.tail[side], codec.tail_slots, t - sealed) = input(t - n.tail + stream.skip);
+  }
+}
+
+// Whether the pages that an append begins are there: the host ends a table with an empty entry.
+DEVICE bool is_reserved(const CacheArguments& a, const unsigned long long* table, const Counts& n, const Stream& stream) {
+  int page = n.pages, slot = 0;
+  const int incoming = a.tokens - stream.skip;
+  if (a.codec->single_slots) single_slot(table, n, max(incoming - 1, 0), page, slot);
+  else if (pages_due(*a.codec, stream.length(a)) == 0) return true;
+  return incoming == 0 || page < n.pages || (n.pages < a.capacity && (table[n.pages] & ADDRESS) != 0);
+}
+
 // Table and counts of a sequence, by the last of its heads to arrive: every other one has read them.
 DEVICE void settle_counts(const CacheArguments& a, const Counts& n, const Stream& stream, int due, int b) {
   __shared__ bool last;
@@ -294,6 +332,7 @@ extern "C" __global__ void __launch_bounds__(256, 3) pages_append(const __grid_c
   const Counts n = a.counts[b];
   const unsigned long long* table = a.table + b * a.capacity;
   const Stream stream(a, n);
+  if (!is_reserved(a, table, n, stream)) return;  // the sequence stays as it is
   Piece piece;
 #pragma unroll 1
   for (int i = 0; a.with_pages && piece_of(a, table, n, stream, i / 2, piece); i++) {
@@ -301,7 +340,8 @@ extern "C" __global__ void __launch_bounds__(256, 3) pages_append(const __grid_c
     __syncthreads();
   }
   const int due = a.codec->single_slots ? 0 : pages_due(*a.codec, stream.length(a));
-  settle_exact(a, n, stream, due * PAGE_TOKENS, b, h);
+  if (a.vectors) settle_vectors(a, n, stream, due * PAGE_TOKENS, b, h);
+  else settle_exact(a, n, stream, due * PAGE_TOKENS, b, h);
   settle_counts(a, n, stream, due, b);
 }
 

@@ -4,6 +4,7 @@
 //! owned streams, no owned memory, nothing that is dropped at exit. `kernels` is the table of entry points. The other modules
 //! check arguments and launch. A launch neither allocates nor synchronises, and can be captured in a CUDA graph.
 
+mod append;
 mod arguments;
 mod cache;
 mod codec;

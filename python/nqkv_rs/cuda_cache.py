@@ -106,28 +106,40 @@ class CudaLayerCache:
             capacity=capacity,
         )
 
-    def reserve(self, tokens: int) -> None:
+    def reserve(self, tokens: int) -> bool:
         """Make ready for the next tokens, so that appending them allocates nothing.
 
-        A CUDA graph that appends is captured, and each time replayed, after this; see
-        :meth:`advance`.
+        A CUDA graph may hold appends of up to 16 tokens. Before it is captured all tokens of its
+        replays have to be reserved; a capture that would need more is refused. Lengths lie on the
+        device, so that each replay goes on where the last one ended, pages included: count its
+        tokens with :meth:`advance`. The capture itself counts as the first replay. A replay that
+        finds no reserved page for a sequence leaves that sequence as it is. After
+        :meth:`crop`, :meth:`select` and :meth:`reset`, reserve again before the next replay.
 
         Args:
             tokens: of every sequence.
+
+        Returns:
+            Whether memory that graphs hold has moved: those captured before must not be replayed.
+            Reserving at once what all replays take moves nothing later.
         """
         tokens = whole("tokens", tokens, 0)
-        self._make_room(tokens)
+        moved = self._make_room(tokens)
         self.core.reserve(tokens, self._codec)
+        return moved
 
     def advance(self, tokens: int) -> None:
         """Count tokens that a replayed CUDA graph has appended.
 
         Args:
-            tokens: of every sequence; they were reserved before.
+            tokens: of every sequence.
+
+        Raises:
+            ValueError: more than were reserved.
         """
         self.core.advance(whole("tokens", tokens, 0))
 
-    def _make_room(self, tokens: int) -> None:
+    def _make_room(self, tokens: int) -> bool:
         missing = self.core.rows_missing(tokens)
         if missing > 0:
             shape = (missing, self.core.kv_heads, self.core.page_bytes)
@@ -137,6 +149,7 @@ class CudaLayerCache:
         if pages > 0:
             # Twice what is needed: a longer table is a copy of the old one.
             self.core.set_room(self._room(self.core.batch, max(64, 2 * pages)))
+        return pages > 0
 
     def append(
         self,
@@ -160,9 +173,7 @@ class CudaLayerCache:
         """
         k = k if keys is None else transform(k, keys)
         v = v if values is None else transform(v, values)
-        if k.dim() == 4 and k.shape[2] > 0:
-            self._make_room(k.shape[2])
-        self.core.append(k, v)
+        self.core.append(k, v, self._make_room)
 
     def read(
         self, start: int, tokens: int, dtype: torch.dtype = torch.float32

@@ -28,13 +28,12 @@ _LIBRARY.define(
 
 
 def _quantize_into(x: Any, codes: Any, fields: Any, *words: Any) -> None:
-    run = _core.cuda_quantize if x.is_cuda else _core.quantize
-    run(x.detach().contiguous() if x.is_cuda else x.detach(), codes, fields, *words)
-
-
-def _dequantize_into(codes: Any, fields: Any, out: Any, *words: Any) -> None:
-    run = _core.cuda_dequantize if out.is_cuda else _core.dequantize
-    run(codes, fields, out, *words)
+    # Each call here costs as much as a kernel's launch takes to prepare.
+    x = x.detach() if x.requires_grad else x
+    if x.is_cuda:
+        _core.cuda_quantize(x if x.is_contiguous() else x.contiguous(), codes, fields, *words)
+    else:
+        _core.quantize(x, codes, fields, *words)
 
 
 def _empty(x: Any, *words: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,15 +52,18 @@ def _quantize(x: Any, *words: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _dequantize(codes: Any, fields: Any, shape: Any, dtype: Any, *words: Any) -> torch.Tensor:
     out = torch.empty(list(shape), dtype=dtype, device=codes.device)
-    _dequantize_into(codes, fields, out, *words)
+    (_core.cuda_dequantize if out.is_cuda else _core.dequantize)(codes, fields, out, *words)
     return out
 
 
 for _device in ("CPU", "CUDA"):
     _LIBRARY.impl("quantize_into", _quantize_into, _device)
-    _LIBRARY.impl("dequantize_into", _dequantize_into, _device)
     _LIBRARY.impl("quantize", _quantize, _device)
     _LIBRARY.impl("dequantize", _dequantize, _device)
+
+
+_LIBRARY.impl("dequantize_into", _core.dequantize, "CPU")
+_LIBRARY.impl("dequantize_into", _core.cuda_dequantize, "CUDA")
 
 
 def _nothing(a: Any, b: Any, c: Any, *words: Any) -> None:

@@ -21,7 +21,9 @@ pub(super) struct CacheArguments {
     pub(super) x: [TensorArgument; 2],
     pub(super) capacity: i64,
     pub(super) with_pages: i32,
+    pub(super) vectors: i32,
     pub(super) tokens: i32,
+    pub(super) padding: i32,
 }
 
 /// `ReadArguments` of `cuda/pages.cu`.

@@ -4,14 +4,16 @@
 //! nothing from the host and a CUDA graph can hold it. The core allocates nothing there: rows, tables and room for exact
 //! tokens are memory of the caller's. Rows are reserved ahead of the append that fills them.
 
+mod growth;
 mod host;
 mod operations;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ffi::c_void;
 use std::sync::Arc;
 
-use super::arguments::{CacheArguments, ENTRIES, ReadArguments, TableArguments, TensorArgument};
+use super::append::Step;
+use super::arguments::{CacheArguments, ReadArguments, TensorArgument};
 use super::codec::dtype_number;
 use super::driver::{Device, Stream, device};
 use super::kernels::Kernel;
@@ -43,11 +45,14 @@ struct Sequence {
 pub struct DeviceCache {
     codec: Arc<PageCodec>,
     exact: Dtype,
+    step: Step,
     device: &'static Device,
     extents: Vec<Arc<Extent>>,
     sequences: Vec<Sequence>,
     /// Rows that stand in the tables beyond the pages in use.
-    reserved: Vec<Vec<Arc<Row>>>,
+    reserved: Vec<VecDeque<Arc<Row>>>,
+    /// So many tokens can be appended to every sequence with the rows and counts that the device knows of.
+    ready: usize,
     room: Option<(Room, Arc<Keep>)>,
     /// Table entries and sequences whose counts the device has yet to hear of.
     entries: BTreeMap<usize, u64>,
@@ -59,12 +64,14 @@ impl DeviceCache {
     pub fn new(codec: Arc<PageCodec>, exact: Dtype, batch: usize, ordinal: usize) -> Result<Self> {
         let exact = codec.scheme.exact_dtype.unwrap_or(exact);
         Ok(Self {
+            step: Step::new(&codec),
             codec,
             exact,
             device: device(ordinal)?,
             extents: Vec::new(),
             sequences: vec![Sequence::default(); batch],
-            reserved: vec![Vec::new(); batch],
+            reserved: vec![VecDeque::new(); batch],
+            ready: 0,
             room: None,
             entries: BTreeMap::new(),
             stale: BTreeSet::new(),
@@ -164,63 +171,8 @@ impl DeviceCache {
         self.extents.push(Arc::new(unsafe { Extent::new(data, self.codec.row_bytes(), count, keep) }));
     }
 
-    fn rows_for(&self, b: usize, tokens: usize) -> usize {
-        let (scheme, s) = (&self.codec.scheme, &self.sequences[b]);
-        let tokens = tokens - tokens.min(scheme.sink_tokens - s.sinks);
-        if scheme.writes_single_slots() {
-            tokens.saturating_sub(open_slots(s)).div_ceil(PAGE_TOKENS)
-        } else {
-            (s.tail + tokens).saturating_sub(scheme.residual_length) / PAGE_TOKENS
-        }
-    }
-
-    /// Rows that must be added before `tokens` can be appended.
-    pub fn rows_missing(&self, tokens: usize) -> usize {
-        let needed: usize = (0..self.batch()).map(|b| self.rows_for(b, tokens).saturating_sub(self.reserved[b].len())).sum();
-        if needed == 0 { 0 } else { needed.saturating_sub(self.free_rows()) }
-    }
-
-    /// Pages that a table must hold to append `tokens`; 0 if the room is large enough.
-    pub fn capacity_missing(&self, tokens: usize) -> usize {
-        let needed = (0..self.batch()).map(|b| self.sequences[b].pages.len() + self.rows_for(b, tokens)).max().unwrap_or(0);
-        if self.room.as_ref().is_some_and(|(room, _)| room.capacity >= needed) { 0 } else { needed.max(1) }
-    }
-
     fn room(&self) -> Result<Room> {
         self.room.as_ref().map(|(room, _)| *room).ok_or_else(|| Error::value("room", "memory before the first token", "none"))
-    }
-
-    /// Tells the device what the host has changed.
-    fn flush(&mut self, stream: Stream) -> Result<()> {
-        if self.entries.is_empty() && self.stale.is_empty() {
-            return Ok(());
-        }
-        let room = self.room()?;
-        // No place twice: the threads of a launch have no order.
-        let entries: Vec<(usize, u64)> = std::mem::take(&mut self.entries).into_iter().collect();
-        let stale: Vec<usize> = std::mem::take(&mut self.stale).into_iter().collect();
-        for i in 0..entries.len().div_ceil(ENTRIES).max(stale.len().div_ceil(ENTRIES)) {
-            let mut a = TableArguments {
-                table: room.table,
-                counts: room.counts,
-                entries: 0,
-                sequences: 0,
-                value: [0; ENTRIES],
-                place: [0; ENTRIES],
-                count: [[0; 4]; ENTRIES],
-                sequence: [0; ENTRIES],
-            };
-            for (k, &(place, value)) in entries.iter().skip(i * ENTRIES).take(ENTRIES).enumerate() {
-                (a.place[k], a.value[k], a.entries) = (place as i32, value, k as i32 + 1);
-            }
-            for (k, &b) in stale.iter().skip(i * ENTRIES).take(ENTRIES).enumerate() {
-                let s = &self.sequences[b];
-                a.count[k] = [s.sinks, s.pages.len(), s.tail, usize::from(s.open)].map(|n| n as i32);
-                (a.sequence[k], a.sequences) = (b as i32, k as i32 + 1);
-            }
-            self.launch(Kernel::PagesSet, (1, 1, 1), 128, stream, (&raw mut a).cast())?;
-        }
-        Ok(())
     }
 
     fn launch(
@@ -243,34 +195,12 @@ impl DeviceCache {
         Ok(())
     }
 
-    /// Reserves rows in the tables for the next `tokens` tokens of every sequence, so that appending them needs no more of the
-    /// host: what has to be done before a CUDA graph appends.
-    pub fn reserve(&mut self, tokens: usize, stream: Stream) -> Result<()> {
-        let missing = self.rows_missing(tokens);
-        if missing > 0 {
-            return Err(Error::Exhausted { needed: missing + self.free_rows(), free: self.free_rows() });
-        }
-        let room = self.room()?;
-        let short = self.capacity_missing(tokens);
-        if short > 0 {
-            return Err(Error::value("room for a page table", format!("{short} pages or more"), room.capacity));
-        }
-        for b in 0..self.batch() {
-            let needed = self.rows_for(b, tokens);
-            while self.reserved[b].len() < needed {
-                let row = self.extents.iter().find_map(|e| e.take()).expect("rows were counted before");
-                let place = b * room.capacity + self.sequences[b].pages.len() + self.reserved[b].len();
-                self.entries.insert(place, row.data() as u64);
-                self.reserved[b].push(row);
-            }
-            // A page that another table names is not written to.
-            let own = self.sequences[b].pages.last().is_some_and(|p| Arc::strong_count(&p.row) == 1);
-            if self.codec.scheme.writes_single_slots() && self.sequences[b].open != own {
-                self.sequences[b].open = own;
-                self.stale.insert(b);
-            }
-        }
-        self.flush(stream)
+    /// Refuses what cannot be appended; how many tokens it is.
+    pub fn check_append(&self, k: &DeviceView, v: &DeviceView) -> Result<usize> {
+        let tokens = k.shape[2];
+        self.check("k", k, self.codec.key.layout.dim, tokens)?;
+        self.check("v", v, self.codec.value.layout.dim, tokens)?;
+        Ok(tokens)
     }
 
     /// Appends the same number of tokens to every sequence. NaN and infinities are the caller's to keep out: nothing waits for
@@ -279,14 +209,20 @@ impl DeviceCache {
     /// # Safety
     /// The views are of memory of this device, alive and unwritten until `stream` is past this.
     pub unsafe fn append(&mut self, k: &DeviceView, v: &DeviceView, stream: Stream) -> Result<()> {
-        let tokens = k.shape[2];
-        self.check("k", k, self.codec.key.layout.dim, tokens)?;
-        self.check("v", v, self.codec.value.layout.dim, tokens)?;
+        let tokens = self.check_append(k, v)?;
         if tokens == 0 || self.batch() == 0 {
             return Ok(());
         }
-        self.reserve(tokens, stream)?;
+        if tokens > self.ready || self.is_stale() {
+            self.reserve(tokens, stream)?;
+        }
         let room = self.room()?;
+        let pages = self.as_pages(&room);
+        // SAFETY: the caller's promise.
+        if tokens <= FEW_TOKENS && unsafe { pages.append(k, v, stream)? } {
+            self.count(tokens);
+            return Ok(());
+        }
         let tensor = |x: &DeviceView| TensorArgument {
             data: x.address,
             stride: x.strides.map(|s| s as i64),
@@ -302,7 +238,9 @@ impl DeviceCache {
             x: [tensor(k), tensor(v)],
             capacity: room.capacity as i64,
             with_pages: 0,
+            vectors: i32::from(pages.vectors(false, k) && pages.vectors(true, v)),
             tokens: tokens as i32,
+            padding: 0,
         };
         let scheme = &self.codec.scheme;
         let single = scheme.writes_single_slots();
@@ -311,53 +249,23 @@ impl DeviceCache {
         let argument: *mut c_void = (&raw mut a).cast();
         // Grids do not depend on counts, so that a CUDA graph may hold them.
         if a.with_pages == 0 {
+            // Those kernels do not look whether rows are there.
+            self.device
+                .check_uncaptured(stream, "it may append up to 16 tokens, of schemes without blocks over heads before a tail")?;
             // SAFETY: the caller's promise.
-            if !unsafe { self.as_pages(&room).seal(k, v, stream)? } {
+            if !unsafe { pages.seal(k, v, stream)? } {
                 // One page more than whole ones: the tail may be full, or a page open.
-                let pages = tokens.div_ceil(PAGE_TOKENS) + 1;
-                self.launch(Kernel::PagesSeal, (pages, self.codec.heads, 2 * self.batch()), 256, stream, argument)?;
+                let most = tokens.div_ceil(PAGE_TOKENS) + 1;
+                self.launch(Kernel::PagesSeal, (most, self.codec.heads, 2 * self.batch()), 256, stream, argument)?;
             }
         }
         self.launch(Kernel::PagesAppend, (self.codec.heads, self.batch(), 1), 256, stream, argument)?;
-        self.advance(tokens);
+        self.count(tokens);
         Ok(())
     }
 
     fn as_pages<'a>(&'a self, room: &'a Room) -> Pages<'a> {
-        Pages { device: self.device, codec: &self.codec, exact: self.exact, room, batch: self.batch() }
-    }
-
-    /// Counts `tokens` as appended to every sequence: what a CUDA graph that holds an append has done. Needs
-    /// [`DeviceCache::reserve`] before.
-    pub fn advance(&mut self, tokens: usize) {
-        let scheme = &self.codec.scheme;
-        let (single, sink_tokens, window) = (scheme.writes_single_slots(), scheme.sink_tokens, scheme.residual_length);
-        for (s, reserved) in self.sequences.iter_mut().zip(&mut self.reserved) {
-            let sinks = tokens.min(sink_tokens - s.sinks);
-            s.sinks += sinks;
-            let mut left = tokens - sinks;
-            if !single {
-                s.tail += left;
-                while s.tail >= window + PAGE_TOKENS && !reserved.is_empty() {
-                    s.pages.push(Page { row: reserved.remove(0), count: PAGE_TOKENS as u32 });
-                    s.tail -= PAGE_TOKENS;
-                }
-                continue;
-            }
-            if s.open
-                && let Some(page) = s.pages.last_mut()
-            {
-                let count = left.min(PAGE_TOKENS - page.count as usize);
-                page.count += count as u32;
-                left -= count;
-            }
-            while left > 0 && !reserved.is_empty() {
-                let count = left.min(PAGE_TOKENS);
-                s.pages.push(Page { row: reserved.remove(0), count: count as u32 });
-                s.open = true;
-                left -= count;
-            }
-        }
+        Pages { device: self.device, codec: &self.codec, exact: self.exact, room, batch: self.batch(), step: self.step }
     }
 
     /// Writes tokens `from..from + tokens` of every sequence, `[batch, heads, tokens, dim]`, as `dtype`; zeros past the end.
@@ -395,13 +303,5 @@ impl DeviceCache {
         };
         let grid = (tokens.div_ceil(PAGE_TOKENS), self.codec.heads, 2 * self.batch());
         self.launch(Kernel::PagesRead, grid, 256, stream, (&raw mut a).cast())
-    }
-}
-
-/// Slots that the last page offers to a single-slot scheme: none if another table names its row.
-fn open_slots(s: &Sequence) -> usize {
-    match s.pages.last() {
-        Some(page) if Arc::strong_count(&page.row) == 1 => PAGE_TOKENS - page.count as usize,
-        _ => 0,
     }
 }

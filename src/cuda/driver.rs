@@ -160,6 +160,19 @@ impl Device {
         Ok(())
     }
 
+    /// Refuses a stream from which a CUDA graph is captured.
+    pub(crate) fn check_uncaptured(&self, stream: Stream, why: &str) -> Result<()> {
+        self.bind()?;
+        let mut state = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
+        let stream = ptr::with_exposed_provenance_mut::<sys::CUstream_st>(stream.0);
+        // SAFETY: the caller's stream; writes one number.
+        unsafe { sys::cuStreamIsCapturing(stream, &raw mut state) }.result().map_err(error("stream"))?;
+        if state == sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE {
+            return Ok(());
+        }
+        Err(Error::value("stream", format!("one that no CUDA graph is captured from ({why})"), "one under capture"))
+    }
+
     /// Loads all kernels now, so that no later call has to: the driver compiles PTX when it first loads it.
     pub fn warm_up(&self) -> Result<()> {
         self.functions().map(drop)
@@ -184,7 +197,7 @@ impl Device {
             // SAFETY: a module that was loaded in the current context, and is never unloaded.
             let function = unsafe { result::module::get_function(modules[kernel.source()], name) };
             let function = function.map_err(|e| Error::cuda(format!("kernel {}", kernel.name()), words(e)))?;
-            let shared = kernel.shared_bytes().min(self.shared_limit);
+            let shared = kernel.shared_bytes().min(self.shared_limit - 1024);
             if shared > 48 << 10 {
                 let limit = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
                 // SAFETY: a loaded function.

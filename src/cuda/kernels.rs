@@ -61,6 +61,18 @@ kernels! {
         FlatValuesAnyF16 = "flat_values_any_f16",
         FlatValuesAnyBf16 = "flat_values_any_bf16",
     ],
+    "append": [
+        AppendF16 = "append_f16",
+        AppendBf16 = "append_bf16",
+    ],
+    "append_any": [
+        AppendAnyF16 = "append_any_f16",
+        AppendAnyBf16 = "append_any_bf16",
+    ],
+    "append_slots": [
+        AppendSlotsF16 = "append_slots_f16",
+        AppendSlotsBf16 = "append_slots_bf16",
+    ],
     "pages": [
         PagesSeal = "pages_seal",
         PagesAppend = "pages_append",
@@ -109,6 +121,8 @@ impl Kernel {
             | Self::SealKeysBf16
             | Self::SealValuesF16
             | Self::SealValuesBf16 => 16384 + 8 * 3 * 2048,
+            // Two tables of codes, then two halves of a page and its codes for each group.
+            Self::AppendF16 | Self::AppendBf16 | Self::AppendAnyF16 | Self::AppendAnyBf16 => usize::MAX,
             _ => 0,
         }
     }

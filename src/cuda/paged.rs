@@ -15,6 +15,7 @@ pub(super) struct Pages<'a> {
     pub(super) exact: Dtype,
     pub(super) room: &'a Room,
     pub(super) batch: usize,
+    pub(super) step: super::append::Step,
 }
 
 /// How a side's blocks lie, in slabs.

@@ -69,7 +69,7 @@ const _: () = assert!(size_of::<SealArguments>() == 64 + 2 * 136);
 
 /// Whether numbers within 1 of 0 find their codes in the cells of `cuda/seal.cuh`: of width 1 / 29, each with at most one
 /// threshold, none of which is so small that its distance to a number could vanish.
-fn in_unit_cells(thresholds: &[f32]) -> bool {
+pub(super) fn in_unit_cells(thresholds: &[f32]) -> bool {
     // How far rounding can carry a number over the border of a cell.
     const HAIR: f32 = 1e-3;
     let within = thresholds.iter().all(|t| (2f32.powi(-20)..=1.0).contains(&t.abs()));

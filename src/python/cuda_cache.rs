@@ -1,9 +1,10 @@
 //! `_core.CudaLayerCache`.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use pyo3::prelude::*;
+use pyo3::sync::MutexExt;
 
 use super::cache::{LayerCache, page_shape, pool_memory};
 use super::cuda::bytes;
@@ -37,35 +38,66 @@ struct RoomArgument<'py> {
     capacity: usize,
 }
 
-impl RoomArgument<'_> {
+/// A room's tensors, borrowed: not under the cache's lock, since that may run Python.
+struct BorrowedRoom<'py> {
+    parts: [(&'static str, OnDevice<'py>); 8],
+    keep: Vec<Py<PyAny>>,
+    capacity: usize,
+}
+
+impl<'py> RoomArgument<'py> {
+    fn borrow(self) -> PyResult<BorrowedRoom<'py>> {
+        let mut keep = Vec::new();
+        let mut part = |what, x: Bound<'py, PyAny>| -> PyResult<_> {
+            let tensor = OnDevice::new(what, &x)?;
+            keep.push(x.unbind());
+            Ok((what, tensor))
+        };
+        let parts = [
+            part("codec", self.codec)?,
+            part("counts", self.counts)?,
+            part("table", self.table)?,
+            part("arrived", self.arrived)?,
+            part("sinks", self.sinks.0)?,
+            part("sinks", self.sinks.1)?,
+            part("tail", self.tail.0)?,
+            part("tail", self.tail.1)?,
+        ];
+        Ok(BorrowedRoom { parts, keep, capacity: self.capacity })
+    }
+}
+
+impl BorrowedRoom<'_> {
     /// The room for `batch` sequences, what keeps it alive, and the stream to work on.
     fn check(self, cache: &cuda::DeviceCache, batch: usize) -> PyResult<(Room, Keep, Stream)> {
-        let (sizes, device) = (cache.sizes(), cache.device().ordinal() as i32);
-        let codec_len = cuda::codec_bytes(cache.codec(), cache.exact_dtype()).len();
-        let mut keep = Vec::new();
-        let mut stream = Stream(0);
-        let mut part = |what: &str, x: Bound<'_, PyAny>, len: usize| -> PyResult<u64> {
-            let tensor = OnDevice::new(what, &x)?;
-            stream = tensor.stream;
-            keep.push(x.unbind());
-            bytes(what, &tensor, len, device)
-        };
-        let room = Room {
-            codec: part("codec", self.codec, codec_len)?,
-            counts: part("counts", self.counts, 16 * batch)?,
-            table: part("table", self.table, 8 * batch * self.capacity)?,
-            arrived: part("arrived", self.arrived, 4 * batch)?,
-            sinks: [part("sinks", self.sinks.0, sizes.sinks[0] * batch)?, part("sinks", self.sinks.1, sizes.sinks[1] * batch)?],
-            tail: [part("tail", self.tail.0, sizes.tail[0] * batch)?, part("tail", self.tail.1, sizes.tail[1] * batch)?],
-            capacity: self.capacity,
-        };
-        Ok((room, Box::new(keep), stream))
+        let (sizes, capacity) = (cache.sizes(), self.capacity);
+        let codec = cuda::codec_bytes(cache.codec(), cache.exact_dtype()).len();
+        let [sinks, tail] = [sizes.sinks, sizes.tail].map(|both| both.map(|bytes| bytes * batch));
+        let lengths = [codec, 16 * batch, 8 * batch * capacity, 4 * batch, sinks[0], sinks[1], tail[0], tail[1]];
+        let mut at = [0; 8];
+        for ((at, (what, tensor)), len) in at.iter_mut().zip(&self.parts).zip(lengths) {
+            *at = bytes(what, tensor, len, cache.device().ordinal() as i32)?;
+        }
+        let [codec, counts, table, arrived, sinks @ .., key_tail, value_tail] = at;
+        let room = Room { codec, counts, table, arrived, sinks, tail: [key_tail, value_tail], capacity };
+        Ok((room, Box::new(self.keep), self.parts[7].1.stream))
     }
 }
 
 impl CudaLayerCache {
+    /// For threads without the GIL.
     fn lock(&self) -> MutexGuard<'_, cuda::DeviceCache> {
-        self.inner.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// For threads with the GIL, which is given up while another thread is in a call. No Python code may run under it.
+    fn look(&self, py: Python<'_>) -> MutexGuard<'_, cuda::DeviceCache> {
+        self.inner.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A change that may drop memory: without the GIL, so that finalizers run after it.
+    fn change<T: Send>(&self, py: Python<'_>, f: impl FnOnce(&mut cuda::DeviceCache) -> T + Send) -> T {
+        py.detach(|| f(&mut self.lock()))
     }
 }
 
@@ -104,84 +136,84 @@ impl CudaLayerCache {
     }
 
     #[getter]
-    fn page_bytes(&self) -> usize {
-        self.lock().codec().layout.page_bytes()
+    fn page_bytes(&self, py: Python<'_>) -> usize {
+        self.look(py).codec().layout.page_bytes()
     }
 
     #[getter]
-    fn value_offset(&self) -> usize {
-        self.lock().codec().layout.value_offset()
+    fn value_offset(&self, py: Python<'_>) -> usize {
+        self.look(py).codec().layout.value_offset()
     }
 
     #[getter]
-    fn kv_heads(&self) -> usize {
-        self.lock().codec().heads
+    fn kv_heads(&self, py: Python<'_>) -> usize {
+        self.look(py).codec().heads
     }
 
     #[getter]
-    fn exact_dtype(&self) -> &'static str {
-        self.lock().exact_dtype().name()
+    fn exact_dtype(&self, py: Python<'_>) -> &'static str {
+        self.look(py).exact_dtype().name()
     }
 
     #[getter]
-    fn batch(&self) -> usize {
-        self.lock().batch()
+    fn batch(&self, py: Python<'_>) -> usize {
+        self.look(py).batch()
     }
 
     #[getter]
-    fn rows(&self) -> usize {
-        self.lock().rows()
+    fn rows(&self, py: Python<'_>) -> usize {
+        self.look(py).rows()
     }
 
     #[getter]
-    fn free_rows(&self) -> usize {
-        self.lock().free_rows()
+    fn free_rows(&self, py: Python<'_>) -> usize {
+        self.look(py).free_rows()
     }
 
-    fn tokens(&self, sequence_index: usize) -> PyResult<usize> {
-        let cache = self.lock();
+    fn tokens(&self, py: Python<'_>, sequence_index: usize) -> PyResult<usize> {
+        let cache = self.look(py);
         Ok(cache.tokens(sequence(&cache, sequence_index)?))
     }
 
-    fn packed(&self, sequence_index: usize) -> PyResult<usize> {
-        let cache = self.lock();
+    fn packed(&self, py: Python<'_>, sequence_index: usize) -> PyResult<usize> {
+        let cache = self.look(py);
         Ok(cache.packed(sequence(&cache, sequence_index)?))
     }
 
-    fn table(&self, sequence_index: usize) -> PyResult<Vec<(u32, u32)>> {
-        let cache = self.lock();
+    fn table(&self, py: Python<'_>, sequence_index: usize) -> PyResult<Vec<(u32, u32)>> {
+        let cache = self.look(py);
         let b = sequence(&cache, sequence_index)?;
         Ok(cache.table(b).iter().map(|e| (e.row, e.count)).collect())
     }
 
-    fn rows_missing(&self, tokens: usize) -> usize {
-        self.lock().rows_missing(tokens)
+    fn rows_missing(&self, py: Python<'_>, tokens: usize) -> usize {
+        self.look(py).rows_missing(tokens)
     }
 
-    fn capacity_missing(&self, tokens: usize) -> usize {
-        self.lock().capacity_missing(tokens)
+    fn capacity_missing(&self, py: Python<'_>, tokens: usize) -> usize {
+        self.look(py).capacity_missing(tokens)
     }
 
     /// The codec as the device reads it.
-    fn codec_bytes(&self) -> Vec<u8> {
-        let cache = self.lock();
+    fn codec_bytes(&self, py: Python<'_>) -> Vec<u8> {
+        let cache = self.look(py);
         cuda::codec_bytes(cache.codec(), cache.exact_dtype())
     }
 
     /// Bytes of one sequence's sinks (keys, values) and tail (keys, values).
-    fn sizes(&self) -> ([usize; 2], [usize; 2]) {
-        let sizes = self.lock().sizes();
+    fn sizes(&self, py: Python<'_>) -> ([usize; 2], [usize; 2]) {
+        let sizes = self.look(py).sizes();
         (sizes.sinks, sizes.tail)
     }
 
     fn pool(&self, py: Python<'_>) -> Vec<Py<PyAny>> {
         let arrays = |keep: &Keep| keep.downcast_ref::<PoolArray>().map(|p| p.0.clone_ref(py));
-        self.lock().kept().into_iter().filter_map(arrays).collect()
+        self.look(py).kept().into_iter().filter_map(arrays).collect()
     }
 
-    fn add_rows(&self, pool: &Bound<'_, PyAny>) -> PyResult<()> {
-        let mut cache = self.lock();
+    fn add_rows(&self, py: Python<'_>, pool: &Bound<'_, PyAny>) -> PyResult<()> {
         let x = OnDevice::new("pool", pool)?;
+        let mut cache = self.look(py);
         x.check_device("pool", cache.device().ordinal() as i32)?;
         if x.tensor.element != Element::U8 {
             return Err(Error::dtype("pool", "uint8", "a float type").into());
@@ -201,38 +233,54 @@ impl CudaLayerCache {
     }
 
     /// Moves to another room, with what the cache holds.
-    fn set_room(&self, room: RoomArgument<'_>) -> PyResult<()> {
-        let mut cache = self.lock();
-        let from: Vec<usize> = (0..cache.batch()).collect();
-        let (room, keep, stream) = room.check(&cache, from.len())?;
-        // SAFETY: `check` made sure of sizes and device; `keep` holds the tensors.
-        unsafe { cache.move_to(room, keep, &from, stream)? };
-        Ok(())
+    fn set_room(&self, py: Python<'_>, room: RoomArgument<'_>) -> PyResult<()> {
+        let room = room.borrow()?;
+        let (from, (room, keep, stream)) = {
+            let cache = self.look(py);
+            ((0..cache.batch()).collect::<Vec<_>>(), room.check(&cache, cache.batch())?)
+        };
+        // SAFETY: `check` made sure of sizes and device, which do not change; `keep` holds the tensors.
+        Ok(self.change(py, |cache| unsafe { cache.move_to(room, keep, &from, stream) })?)
     }
 
-    fn append(&self, k: &Bound<'_, PyAny>, v: &Bound<'_, PyAny>) -> PyResult<()> {
-        let mut cache = self.lock();
-        let device = cache.device().ordinal() as i32;
+    /// Appends; `grow`, if there is one, is called with the number of tokens if they need more memory than there is.
+    #[pyo3(signature = (k, v, grow=None))]
+    fn append(&self, k: &Bound<'_, PyAny>, v: &Bound<'_, PyAny>, grow: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
+        let py = k.py();
+        // Not under the lock: this may run Python, and another thread.
         let (k, v) = (OnDevice::new("k", k)?, OnDevice::new("v", v)?);
+        let mut cache = self.look(py);
+        let device = cache.device().ordinal() as i32;
+        let (keys, values) = (view("k", &k, device)?, view("v", &v, device)?);
+        let tokens = keys.shape[2];
+        while let Some(grow) = grow
+            && cache.must_grow(tokens)
+        {
+            cache.check_append(&keys, &values)?;
+            cache.device().check_uncaptured(k.stream, "rows are added before the capture, with reserve()")?;
+            drop(cache);
+            grow.call1((tokens,))?;
+            cache = self.look(py);
+        }
         // SAFETY: borrowed tensors of this device; asynchronous as any launch on their stream.
-        unsafe { cache.append(&view("k", &k, device)?, &view("v", &v, device)?, k.stream)? };
+        unsafe { cache.append(&keys, &values, k.stream)? };
         Ok(())
     }
 
     /// Reserves what appending `tokens` takes; `like` gives the stream.
-    fn reserve(&self, tokens: usize, like: &Bound<'_, PyAny>) -> PyResult<()> {
+    fn reserve(&self, py: Python<'_>, tokens: usize, like: &Bound<'_, PyAny>) -> PyResult<()> {
         let stream = OnDevice::new("like", like)?.stream;
-        Ok(self.lock().reserve(tokens, stream)?)
+        Ok(self.look(py).reserve(tokens, stream)?)
     }
 
-    fn advance(&self, tokens: usize) {
-        self.lock().advance(tokens);
+    fn advance(&self, py: Python<'_>, tokens: usize) -> PyResult<()> {
+        Ok(self.look(py).advance(tokens)?)
     }
 
     /// Tokens from `start` on of every sequence into `[batch, heads, tokens, dim]`; zeros past a sequence's end.
-    fn read(&self, start: usize, k_out: &Bound<'_, PyAny>, v_out: &Bound<'_, PyAny>) -> PyResult<()> {
-        let mut cache = self.lock();
+    fn read(&self, py: Python<'_>, start: usize, k_out: &Bound<'_, PyAny>, v_out: &Bound<'_, PyAny>) -> PyResult<()> {
         let (k, v) = (OnDevice::new("k_out", k_out)?, OnDevice::new("v_out", v_out)?);
+        let mut cache = self.look(py);
         let device = cache.device().ordinal() as i32;
         let (a, b) = (view("k_out", &k, device)?, view("v_out", &v, device)?);
         let (batch, heads, tokens) = (cache.batch(), cache.codec().heads, a.shape[2]);
@@ -246,8 +294,8 @@ impl CudaLayerCache {
         Ok(())
     }
 
-    fn remove_newest(&self, tokens: usize) -> PyResult<()> {
-        let mut cache = self.lock();
+    fn remove_newest(&self, py: Python<'_>, tokens: usize) -> PyResult<()> {
+        let mut cache = self.look(py);
         if let Some(short) = (0..cache.batch()).map(|b| cache.tokens(b)).find(|&t| t < tokens) {
             return Err(Error::value("tokens to remove", format!("at most {short} (the tokens held)"), tokens).into());
         }
@@ -255,39 +303,36 @@ impl CudaLayerCache {
         Ok(cache.crop(&lengths)?)
     }
 
-    fn crop(&self, lengths: Vec<usize>) -> PyResult<()> {
-        Ok(self.lock().crop(&lengths)?)
+    fn crop(&self, py: Python<'_>, lengths: Vec<usize>) -> PyResult<()> {
+        Ok(self.change(py, |cache| cache.crop(&lengths))?)
     }
 
-    fn select(&self, indices: Vec<usize>, room: RoomArgument<'_>) -> PyResult<()> {
-        let mut cache = self.lock();
-        let (room, keep, stream) = room.check(&cache, indices.len())?;
+    fn select(&self, py: Python<'_>, indices: Vec<usize>, room: RoomArgument<'_>) -> PyResult<()> {
+        let (room, keep, stream) = room.borrow()?.check(&self.look(py), indices.len())?;
         // SAFETY: as in `set_room`.
-        unsafe { cache.select(&indices, room, keep, stream)? };
-        Ok(())
+        Ok(self.change(py, |cache| unsafe { cache.select(&indices, room, keep, stream) })?)
     }
 
-    fn fork(&self, indices: Vec<usize>, room: RoomArgument<'_>) -> PyResult<Self> {
-        let mut cache = self.lock();
-        let (room, keep, stream) = room.check(&cache, indices.len())?;
+    fn fork(&self, py: Python<'_>, indices: Vec<usize>, room: RoomArgument<'_>) -> PyResult<Self> {
+        let (room, keep, stream) = room.borrow()?.check(&self.look(py), indices.len())?;
         // SAFETY: as in `set_room`.
-        let copy = unsafe { cache.fork(&indices, room, keep, stream)? };
+        let copy = self.change(py, |cache| unsafe { cache.fork(&indices, room, keep, stream) })?;
         Ok(Self { inner: Mutex::new(copy) })
     }
 
-    fn reset(&self) {
-        self.lock().reset();
+    fn reset(&self, py: Python<'_>) {
+        self.change(py, cuda::DeviceCache::reset);
     }
 
     /// Rows that [`CudaLayerCache::to_host`] takes.
-    fn named_rows(&self) -> usize {
-        self.lock().named_rows()
+    fn named_rows(&self, py: Python<'_>) -> usize {
+        self.look(py).named_rows()
     }
 
     /// The same cache in host memory, its pages in `pool`; `like` gives the stream, which is waited for.
     fn to_host(&self, py: Python<'_>, pool: &Bound<'_, PyAny>, like: &Bound<'_, PyAny>) -> PyResult<LayerCache> {
         let stream = OnDevice::new("like", like)?.stream;
-        let mut cache = self.lock();
+        let mut cache = self.look(py);
         let (data, rows, keep) = pool_memory(page_shape(cache.codec()), pool)?;
         if rows != cache.named_rows() {
             return Err(Error::shape("pool", format!("{} rows", cache.named_rows()), format!("{rows} rows")).into());
@@ -302,13 +347,13 @@ impl CudaLayerCache {
     fn fill(&self, py: Python<'_>, host: PyRef<'_, LayerCache>, like: &Bound<'_, PyAny>) -> PyResult<()> {
         let stream = OnDevice::new("like", like)?.stream;
         let host = host.fork_inner(py);
-        let mut cache = self.lock();
+        let mut cache = self.look(py);
         let cache = &mut *cache;
         Ok(py.detach(|| cache.fill(&host, stream))?)
     }
 
-    fn memory(&self) -> BTreeMap<&'static str, usize> {
-        let m = self.lock().memory();
+    fn memory(&self, py: Python<'_>) -> BTreeMap<&'static str, usize> {
+        let m = self.look(py).memory();
         BTreeMap::from([("codes", m.codes), ("scales", m.scales), ("tail", m.tail), ("sinks", m.sinks), ("total", m.total())])
     }
 }

@@ -4,6 +4,7 @@ use std::ffi::c_void;
 use std::mem::MaybeUninit;
 use std::sync::Mutex;
 
+use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3::types::{PyCapsule, PyDict, PyType};
 
@@ -77,12 +78,18 @@ impl<'py> OnDevice<'py> {
             };
             return Ok(Self { tensor, stream, _capsule: None });
         }
+        if !object.hasattr("__dlpack__")? {
+            let name = object.get_type().name()?;
+            return Err(PyTypeError::new_err(format!(
+                "{what}: expected an array on a CUDA device (with __dlpack__), got {name}"
+            )));
+        }
         // The producer makes the legacy default stream wait for its work, and we launch there.
         let words = PyDict::new(object.py());
         words.set_item("stream", 1)?;
         words.set_item("max_version", (1, 0))?;
         let capsule = object.call_method("__dlpack__", (), Some(&words)).or_else(|e| {
-            if !e.is_instance_of::<pyo3::exceptions::PyTypeError>(object.py()) {
+            if !e.is_instance_of::<PyTypeError>(object.py()) {
                 return Err(e);
             }
             words.del_item("max_version")?;

@@ -1,5 +1,6 @@
 //! What is done to whole sequences: another room, cut, reorder, fork, reset. No page is copied.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use cudarc::driver::result;
@@ -89,6 +90,8 @@ impl DeviceCache {
             self.entries.insert(b * capacity + s.pages.len() - 1, value);
         }
         self.reserved[b].clear();
+        self.ready = 0;
+        self.end_table(b);
         self.stale.insert(b);
     }
 
@@ -103,7 +106,10 @@ impl DeviceCache {
         // SAFETY: the caller's promise.
         unsafe { self.move_to(room, keep, indices, stream)? };
         self.sequences = indices.iter().map(|&i| self.sequences[i].clone()).collect();
-        self.reserved = vec![Vec::new(); indices.len()];
+        self.reserved = vec![VecDeque::new(); indices.len()];
+        // Pages of several tables are written to no more: that is looked at before the next append.
+        self.ready = 0;
+        (0..indices.len()).for_each(|b| self.end_table(b));
         Ok(())
     }
 
@@ -113,10 +119,11 @@ impl DeviceCache {
     /// As for [`DeviceCache::move_to`].
     pub unsafe fn fork(&mut self, indices: &[usize], room: Room, keep: Keep, stream: Stream) -> Result<Self> {
         self.flush(stream)?;
+        self.ready = 0;
         let mut copy = Self::new(Arc::clone(&self.codec), self.exact, 0, self.device.ordinal())?;
         copy.room.clone_from(&self.room);
         copy.sequences.clone_from(&self.sequences);
-        copy.reserved = vec![Vec::new(); self.batch()];
+        copy.reserved = vec![VecDeque::new(); self.batch()];
         // SAFETY: the caller's promise.
         unsafe { copy.select(indices, room, keep, stream)? };
         Ok(copy)
@@ -125,9 +132,6 @@ impl DeviceCache {
     /// Drops every token.
     pub fn reset(&mut self) {
         self.sequences.iter_mut().for_each(|s| *s = Sequence::default());
-        for b in 0..self.batch() {
-            self.reserved[b].clear();
-            self.stale.insert(b);
-        }
+        (0..self.batch()).for_each(|b| self.restate(b));
     }
 }
