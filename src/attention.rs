@@ -22,6 +22,8 @@ mod lanes;
 mod lay;
 mod math;
 mod oracle;
+#[cfg(target_arch = "x86_64")]
+mod places;
 #[cfg(test)]
 mod tests;
 mod tile;

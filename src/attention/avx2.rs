@@ -21,6 +21,23 @@ pub(super) fn read_f16(bytes: &[u8], out: &mut [f32]) {
     }
 }
 
+/// Finite bfloat16 to fp32, exactly.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn read_bf16(bytes: &[u8], out: &mut [f32]) {
+    let n = out.len().min(bytes.len() / 2);
+    let eights = n / 8 * 8;
+    for i in (0..eights).step_by(8) {
+        // SAFETY: i + 8 <= n elements lie in both slices.
+        unsafe {
+            let x = _mm256_cvtepu16_epi32(_mm_loadu_si128(bytes.as_ptr().add(2 * i).cast()));
+            _mm256_storeu_ps(out.as_mut_ptr().add(i), _mm256_castsi256_ps(_mm256_slli_epi32::<16>(x)));
+        }
+    }
+    for i in eights..n {
+        out[i] = half::bf16::from_le_bytes([bytes[2 * i], bytes[2 * i + 1]]).to_f32();
+    }
+}
+
 /// The product for `R` rows from `i` on and 16 columns from `j` on.
 ///
 /// # Safety

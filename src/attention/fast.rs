@@ -10,7 +10,8 @@ use super::{Plan, Source, Tile};
 #[cfg(target_arch = "x86_64")]
 use super::{
     integers::GROUP,
-    lanes::{Books, Half, Lanes, token_of_place},
+    lanes::{Books, Half, Lanes},
+    places::token_of_place,
 };
 use crate::page::{PAGE_TOKENS, Side};
 use crate::parallel;
@@ -266,12 +267,12 @@ impl Kernel<'_> {
                     tile::keys(simd, tables, half, h, tile.count, &mut room.tile);
                 }
                 _ if columns <= FEW_COLUMNS => {
-                    tile::exact(plan, b, h, tile, Side::Key, true, &mut room.tile);
+                    tile::exact(simd, plan, (b, h), tile, Side::Key, true, &mut room.tile);
                     let rows = &room.tile.tile[..tile.count * dim];
                     scores(simd, &room.q[..columns * dim], rows, dim, &mut room.scores[at..], width);
                     continue;
                 }
-                _ => tile::exact(plan, b, h, tile, Side::Key, false, &mut room.tile),
+                _ => tile::exact(simd, plan, (b, h), tile, Side::Key, false, &mut room.tile),
             }
             for row in room.scores[at..].chunks_mut(width).take(columns) {
                 row[..PAGE_TOKENS].fill(0.0);
@@ -384,7 +385,7 @@ impl Kernel<'_> {
                     let tables = tables.as_ref().expect("codes in place are only read on x86");
                     tile::values(simd, tables, half, h, tile.count, &mut room.tile);
                 }
-                _ => tile::exact(plan, b, h, tile, Side::Value, true, &mut room.tile),
+                _ => tile::exact(simd, plan, (b, h), tile, Side::Value, true, &mut room.tile),
             }
             let (a, b) = (&room.scores[at..], &room.tile.tile[..]);
             let (a_stride, rows, depth) = (width, columns, tile.count);

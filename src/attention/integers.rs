@@ -222,6 +222,7 @@ pub(super) struct Score {
 /// `codes` must have a slab for each of `levels`, `q` four (eight) words per slab and column, each score 64 places; no sum may
 /// leave 32 bits.
 #[allow(clippy::needless_range_loop, clippy::too_many_arguments)] // Columns index everything.
+#[inline(never)]
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) unsafe fn key_page<const C: usize, const SPLIT: bool>(
     codes: *const u8,
@@ -240,12 +241,12 @@ pub(super) unsafe fn key_page<const C: usize, const SPLIT: bool>(
     let wide = 1 + usize::from(SPLIT);
     // By slabs first: codes are read in the order in which they lie. Sums wait in memory, one fused multiply-add away.
     let mut rows = [[[_mm256_setzero_ps(); 2]; C]; 8];
+    // Here, not on the way: one more thing in the loop below makes it a seventh slower.
+    for line in fields.chunks(64) {
+        _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast());
+    }
     for (g, (levels, factors)) in levels.chunks(FLUSH).zip(factors.chunks_exact(C)).enumerate() {
         for (row, wide_sums) in rows.iter_mut().enumerate() {
-            if let Some(line) = fields.get(64 * row).filter(|_| g == 0) {
-                // All lines at once would wait for each other.
-                _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(line).cast());
-            }
             let mut sums = [[_mm256_setzero_si256(); 2]; C];
             for (i, levels) in levels.iter().enumerate() {
                 let tables = levels.load();
@@ -292,11 +293,12 @@ pub(super) unsafe fn key_page<const C: usize, const SPLIT: bool>(
 
 /// Adds the values of at most [`GROUP`] pages, weighted, to `acc`, `[line][C][2]`: a line is the neighbours `c, c + 8`. `pages`
 /// has the codes of each and what to fetch meanwhile. `w` is `[page][block][half][n%2][C]`, `blocks` the block of each line,
-/// `steps` is `[block][4]`, the first `C` in use.
+/// `steps` is `[block][4]`, the first `C` in use. If `fresh`, what stands in `acc` counts as 0.
 ///
 /// # Safety
 /// Each page must have 64 bytes, `acc` `2 C` lanes, for each of `blocks`; `w` four words per block, page and column; no sum may
 /// leave 32 bits.
+#[inline(never)]
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) unsafe fn value_pages<const C: usize>(
     pages: &[(*const u8, *const u8)],
@@ -305,6 +307,7 @@ pub(super) unsafe fn value_pages<const C: usize>(
     w: *const Words,
     steps: &[[f32; 4]],
     acc: &mut [Lane],
+    fresh: bool,
 ) {
     // Bytes of a chunk are c/8 inside n/8: the channels go outside.
     let order = _mm256_setr_epi8(
@@ -330,7 +333,10 @@ pub(super) unsafe fn value_pages<const C: usize>(
             for (to, sum) in to.iter_mut().zip(sums) {
                 let to = to.0.as_mut_ptr();
                 // SAFETY: eight aligned elements.
-                unsafe { _mm256_store_ps(to, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), step, _mm256_load_ps(to))) };
+                unsafe {
+                    let before = if fresh { _mm256_setzero_ps() } else { _mm256_load_ps(to) };
+                    _mm256_store_ps(to, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), step, before));
+                }
             }
         }
     }

@@ -1,7 +1,7 @@
 //! 4-bit codes read where they lie, for few query columns, by integers ([`super::integers`]) or, where 16 bits are too few for a
 //! page's numbers, in fp32 ([`super::codes`]). The choice depends on the numbers of the page (the pages) alone.
 //!
-//! Scores stand in **places**: the order of per-token fields in a page ([`token_of_place`]).
+//! Scores stand in **places**: the order of per-token fields in a page ([`super::places`]).
 
 use std::arch::x86_64::*;
 use std::sync::Arc;
@@ -9,18 +9,13 @@ use std::sync::Arc;
 use super::codes::{self, Book, Lane, SLAB};
 use super::integers::{self, GROUP, Levels, Score};
 use super::lay::{self, Reading};
-use super::math::Simd;
-use super::tile::{read_fields, widen};
-use crate::page::{FieldAxis, PAGE_TOKENS, SLAB_CHANNELS, SideLayout};
+use super::places::{channel_of_place, token_fields};
+use super::tile::widen;
+use crate::page::{FieldAxis, PAGE_TOKENS, SLAB_CHANNELS};
 use crate::seal::SideCodec;
 
 /// Columns that share one decode: what the 16 registers hold.
 pub(super) const SHARED: usize = 4;
-
-/// Token at place `p`: `n % 8` outside `n / 8`.
-pub(super) fn token_of_place(p: usize) -> usize {
-    p / 8 + 8 * (p % 8)
-}
 
 /// Whether the keys' codes can be read in place: at most 4 bits, and no block border inside a slab.
 pub(super) fn reads_keys(codec: &SideCodec, heads: usize) -> bool {
@@ -108,6 +103,8 @@ pub(super) struct Lanes {
     weights: lay::Weights,
     /// Sums of values: by integers `[part][line][share][2]`, in fp32 `[part][line][share]`, which is rare.
     acc: Vec<Lane>,
+    /// Which parts of [`SHARED`] columns have sums there: the others hold anything.
+    begun: Vec<bool>,
     exact: Vec<Lane>,
     exact_used: bool,
     /// Zero points times weights, `[column][block]`.
@@ -115,46 +112,6 @@ pub(super) struct Lanes {
     has_zeros: bool,
     levels: Vec<Arc<Levels>>,
     books: Vec<Book>,
-}
-
-/// Stored channel at place `p` of the fields' order.
-fn channel_of_place(p: usize) -> usize {
-    p / 16 * 16 + 2 * (p / 4 % 4) + 8 * (p / 2 % 2) + p % 2
-}
-
-/// Per-token fields of a page as `[block][64]` in places, appended to `out`; zeros from token `count` on, so that nothing
-/// unwritten is used.
-fn token_fields(layout: &SideLayout, fields: &[f32], count: usize, out: &mut [Vec<f32>; 2]) {
-    /// Every `N`th of `x`, from `f` on.
-    #[inline(always)]
-    fn every<const N: usize>(x: &[f32], f: usize, out: &mut [f32]) {
-        out.iter_mut().zip(x.chunks_exact(N)).for_each(|(o, x)| *o = x[f]);
-    }
-    let FieldAxis::PerToken { blocks } = layout.axis else { unreachable!("per-token fields") };
-    let stride = layout.fields * blocks;
-    for (f, out) in out.iter_mut().enumerate().take(layout.fields) {
-        for b in 0..blocks {
-            let at = out.len();
-            if stride == 1 && count == PAGE_TOKENS {
-                out.extend_from_slice(&fields[..PAGE_TOKENS]);
-                continue;
-            }
-            out.resize(at + PAGE_TOKENS, 0.0);
-            let (to, from) = (&mut out[at..], f * blocks + b);
-            match stride {
-                1 => every::<1>(fields, from, to),
-                2 => every::<2>(fields, from, to),
-                4 => every::<4>(fields, from, to),
-                8 => every::<8>(fields, from, to),
-                _ => to.iter_mut().zip(fields.chunks_exact(stride)).for_each(|(o, x)| *o = x[from]),
-            }
-            if count < PAGE_TOKENS {
-                for (p, x) in to.iter_mut().enumerate() {
-                    *x = if token_of_place(p) < count { *x } else { 0.0 };
-                }
-            }
-        }
-    }
 }
 
 /// The codes of a half at 4 bits: in place, or widened in `room`.
@@ -228,8 +185,9 @@ impl Lanes {
                 }
             }
             let blocks = 1 + self.blocks.iter().copied().max().unwrap_or(0);
-            self.acc.clear();
             self.acc.resize(self.columns * stored, Lane::default());
+            self.begun.clear();
+            self.begun.resize(self.columns.div_ceil(SHARED), false);
             self.exact_used = false;
             self.weights.begin(self.columns, self.block_pairs.len());
             self.has_zeros = value.layout.fields == 2;
@@ -257,9 +215,8 @@ impl Lanes {
             self.laid.lay(Some(lay::KeyFields { bytes, dtype, fields: layout.fields, group }));
             false
         } else {
-            read_fields(Simd::Avx2, codec, half.bytes, &mut self.fields);
             self.token_fields.iter_mut().for_each(Vec::clear);
-            token_fields(layout, &self.fields, half.count, &mut self.token_fields);
+            token_fields(codec, half, &mut self.fields, &mut self.token_fields);
             most = self.token_fields[0].iter().fold(0f32, |m, s| m.max(s.abs()));
             true
         };
@@ -339,9 +296,8 @@ impl Lanes {
         self.token_fields.iter_mut().for_each(Vec::clear);
         let mut pages = [(std::ptr::null(), std::ptr::null()); GROUP];
         for ((half, room), page) in halves.iter().zip(&mut self.codes).zip(&mut pages) {
-            read_fields(Simd::Avx2, codec, half.bytes, &mut self.fields);
             fetch(&half.next[half.next.len().min(layout.code_bytes)..]);
-            token_fields(layout, &self.fields, half.count, &mut self.token_fields);
+            token_fields(codec, half, &mut self.fields, &mut self.token_fields);
             let codes = four_bits(codec, half, room);
             assert!(codes.len() * SLAB_CHANNELS == self.blocks.len() * SLAB);
             *page = (codes.as_ptr(), half.next.as_ptr());
@@ -380,8 +336,9 @@ impl Lanes {
                 if matches!(reading, Reading::Together) || matches!(reading, Reading::Apart(close) if close[j]) {
                     let acc = &mut self.acc[2 * first * lines..][..2 * share * lines];
                     let (w, steps) = room.integers(j, pairs.len(), share);
+                    let fresh = !std::mem::replace(&mut self.begun[first / SHARED], true);
                     // SAFETY: all lines of each page, and what was laid out for them, scaled to fit.
-                    unsafe { by_columns!(share, integers::value_pages(part, levels, &self.lines, w, steps, acc)) };
+                    unsafe { by_columns!(share, integers::value_pages(part, levels, &self.lines, w, steps, acc, fresh)) };
                     continue;
                 }
                 if !self.exact_used {
@@ -416,8 +373,10 @@ impl Lanes {
             for (place, out) in out.chunks_exact_mut(8).enumerate() {
                 // Eight lines and one channel of each are eight neighbours.
                 let (line, second) = (place / 2 * 8, place % 2);
-                let lanes = &self.acc[2 * (at + line * share) + second..][..14 * share + 1];
-                lay::add_totals(lanes, 2 * share, out);
+                if self.begun[part] {
+                    let lanes = &self.acc[2 * (at + line * share) + second..][..14 * share + 1];
+                    lay::add_totals(lanes, 2 * share, out);
+                }
                 if self.exact_used {
                     for (j, out) in out.iter_mut().enumerate() {
                         let l = &self.exact[at + (line + j) * share].0;
@@ -431,7 +390,7 @@ impl Lanes {
                 }
             }
         }
-        self.acc.fill(Lane::default());
+        self.begun.fill(false);
         self.exact_used = false;
         self.weights.begin(self.columns, self.block_pairs.len());
         self.zeros.fill(0.0);

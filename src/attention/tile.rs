@@ -5,6 +5,7 @@ use super::math::Simd;
 use super::{Plan, Source, Tile};
 use crate::page::{FieldAxis, PAGE_TOKENS, SLAB_CHANNELS, Side, SideLayout, key_slot, planes, value_slot};
 use crate::seal::SideCodec;
+use crate::tensor::Dtype;
 
 /// Slots of a slab.
 const SLOTS: usize = PAGE_TOKENS * SLAB_CHANNELS;
@@ -184,8 +185,22 @@ pub(super) fn values(simd: Simd, tables: &Tables, half: &[u8], h: usize, count: 
     }
 }
 
+/// Exact numbers, which are finite.
+fn read_exact(simd: Simd, dtype: Dtype, bytes: &[u8], out: &mut [f32]) {
+    #[cfg(target_arch = "x86_64")]
+    match dtype {
+        // SAFETY: the features were found.
+        Dtype::Bf16 if simd == Simd::Avx2 => return unsafe { super::avx2::read_bf16(bytes, out) },
+        // SAFETY: as above.
+        Dtype::F16 if simd == Simd::Avx2 => return unsafe { super::avx2::read_f16(bytes, out) },
+        _ => {}
+    }
+    let _ = simd;
+    dtype.read_f32(bytes, out);
+}
+
 /// An exact tile's keys or values of KV head `h`: keys `[dim][64]`, or with `rows` `[token][dim]`; values `[64][stored]`.
-pub(super) fn exact(plan: &Plan, b: usize, h: usize, tile: &Tile, side: Side, rows: bool, s: &mut Scratch) {
+pub(super) fn exact(simd: Simd, plan: &Plan, (b, h): (usize, usize), tile: &Tile, side: Side, rows: bool, s: &mut Scratch) {
     let (codec, dtype) = (plan.cache.codec(), plan.cache.exact_dtype());
     let layout = if side == Side::Key { &codec.key.layout } else { &codec.value.layout };
     let (dim, stride) = (layout.dim, if side == Side::Key { layout.dim } else { layout.stored });
@@ -200,9 +215,9 @@ pub(super) fn exact(plan: &Plan, b: usize, h: usize, tile: &Tile, side: Side, ro
         match (tile.source, &plan.queries.fresh) {
             (Source::Fresh, Some((k, v))) => {
                 let view = if side == Side::Key { k } else { v };
-                view.row_f32(b, h, t, crate::tensor::Dtype::F32, &mut s.bytes, row);
+                view.row_f32(b, h, t, Dtype::F32, &mut s.bytes, row);
             }
-            _ => dtype.read_f32(&held[(t * plan.heads + h) * dim * z..][..dim * z], row),
+            _ => read_exact(simd, dtype, &held[(t * plan.heads + h) * dim * z..][..dim * z], row),
         }
         if across {
             s.row.iter().enumerate().for_each(|(c, &x)| s.tile[c * PAGE_TOKENS + n] = x);
