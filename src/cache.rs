@@ -92,11 +92,8 @@ impl LayerCache {
     /// Bytes allocated: own rows, and rows of other caches that the tables name.
     pub fn memory(&self) -> Memory {
         let codes = self.codec.heads * (self.codec.key.layout.code_bytes + self.codec.value.layout.code_bytes);
-        let own: std::collections::HashSet<_> = self.extents.iter().map(Arc::as_ptr).collect();
         let pages = || self.sequences.iter().flat_map(|s| &s.pages);
-        let shared = pages().filter(|p| !own.contains(&Arc::as_ptr(&p.row.extent)));
-        let shared: std::collections::HashSet<_> = shared.map(|p| Arc::as_ptr(&p.row)).collect();
-        let rows = self.rows() + shared.len();
+        let rows = parts::held_rows(&self.extents, pages());
         let tables: usize = self.sequences.iter().map(|s| s.pages.capacity() * size_of::<Page>()).sum();
         let handles = pages().count() * (size_of::<Row>() + 2 * size_of::<usize>()); // with the counts of an Arc
         Memory {

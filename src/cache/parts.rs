@@ -164,6 +164,14 @@ pub(crate) fn all_extents<'a>(own: &'a [Arc<Extent>], pages: impl Iterator<Item 
     all
 }
 
+/// Rows that a cache pays for: its own, and those of other caches that its tables name.
+pub(crate) fn held_rows<'a>(own: &[Arc<Extent>], pages: impl Iterator<Item = &'a Page>) -> usize {
+    let known: HashSet<_> = own.iter().map(Arc::as_ptr).collect();
+    let shared = pages.filter(|p| !known.contains(&Arc::as_ptr(&p.row.extent)));
+    let shared: HashSet<_> = shared.map(|p| Arc::as_ptr(&p.row)).collect();
+    own.iter().map(|e| e.rows).sum::<usize>() + shared.len()
+}
+
 /// A table as callers see it: rows count over `extents`.
 pub(crate) fn entries(extents: &[&Arc<Extent>], pages: &[Page]) -> Vec<PageEntry> {
     let mut first_rows = HashMap::new();

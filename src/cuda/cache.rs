@@ -144,10 +144,8 @@ impl DeviceCache {
     /// Bytes allocated on the device.
     pub fn memory(&self) -> Memory {
         let codes = self.codec.heads * (self.codec.key.layout.code_bytes + self.codec.value.layout.code_bytes);
-        let shared =
-            self.sequences.iter().flat_map(|s| &s.pages).filter(|p| !self.extents.iter().any(|e| Arc::ptr_eq(e, &p.row.extent)));
-        let shared: std::collections::HashSet<_> = shared.map(|p| Arc::as_ptr(&p.row)).collect();
-        let (rows, batch, sizes) = (self.rows() + shared.len(), self.batch(), self.sizes());
+        let rows = parts::held_rows(&self.extents, self.sequences.iter().flat_map(|s| &s.pages));
+        let (batch, sizes) = (self.batch(), self.sizes());
         let room = self
             .room
             .as_ref()
