@@ -77,5 +77,5 @@ def test_appends(scheme: str, dim: int, dtype: str) -> None:
 def test_a_part_on_the_host_is_refused() -> None:
     x = torch.ones((1, 2, 3, 32)).cuda()
     for how in (Transform(centre=np.ones((2, 32))), Transform(rope=(torch.ones(1, 3, 8),) * 2)):
-        with pytest.raises((TypeError, AttributeError, RuntimeError)):
+        with pytest.raises(TypeError, match="expected a"):
             transform(x, how)

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from nqkv_rs import LayerCache, Transform, transform
+from nqkv_rs import LayerCache, Transform, _core, transform
 
 RNG = np.random.default_rng(4)
 
@@ -145,3 +145,10 @@ def test_what_does_not_fit_is_named(how: Any, error: type, message: str) -> None
         transform(x, how)
     with pytest.raises(ValueError, match="even"):
         transform(x[..., :31], Transform(hadamard=True))
+
+
+@pytest.mark.skipif(not hasattr(_core, "cuda_transform"), reason="built without CUDA")
+def test_a_host_array_is_refused_where_a_device_is_meant() -> None:
+    x = np.ones((1, 2, 3, 32), np.float32)
+    with pytest.raises(TypeError, match="x: expected an array on a CUDA device, got one on DLPack"):
+        _core.cuda_transform(x, x, Transform().parts())

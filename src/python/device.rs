@@ -84,6 +84,11 @@ impl<'py> OnDevice<'py> {
                 "{what}: expected an array on a CUDA device (with __dlpack__), got {name}"
             )));
         }
+        let (kind, _): (i32, i32) = object.call_method0("__dlpack_device__")?.extract()?;
+        if kind != CUDA {
+            let got = format!("one on DLPack device type {kind}");
+            return Err(Error::memory(what, "an array on a CUDA device", got).into());
+        }
         // The producer makes the legacy default stream wait for its work, and we launch there.
         let words = PyDict::new(object.py());
         words.set_item("stream", 1)?;
