@@ -102,8 +102,7 @@ impl DeviceCache {
                 self.entries.insert(b * room.capacity + i, page.row.data() as u64 | u64::from(page.count) << 56);
             }
             self.sequences[b] = sequence;
-            self.reserved[b].clear();
-            self.stale.insert(b);
+            self.restate(b);
         }
         self.flush(stream)?;
         self.wait(stream)

@@ -82,7 +82,7 @@ impl DeviceCache {
 
     /// Marks what the device knows of sequence `b` as old: its counts and its last page. Reserved rows stood behind the pages
     /// that were; they go back.
-    fn restate(&mut self, b: usize) {
+    pub(super) fn restate(&mut self, b: usize) {
         let capacity = self.room.as_ref().map_or(0, |(room, _)| room.capacity);
         let s = &self.sequences[b];
         if let Some(page) = s.pages.last() {
