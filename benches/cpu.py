@@ -20,6 +20,8 @@ from torch.nn import functional
 
 import nqkv_rs
 
+WORK = ("codecs", "attention", "append", "generate")
+
 
 def medians(calls: list[Callable[[], Any]], repeat: int, warm: float = 0.03) -> list[float]:
     """Median microseconds of each call; the calls take turns.
@@ -150,20 +152,22 @@ def main() -> None:
     """Run what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="one JSON object per row")
+    parser.add_argument("--work", action="append", choices=WORK, help="default: all of them")
     parser.add_argument("--scheme", action="append", help="for attention; default nqkv4 and nqkv")
     parser.add_argument("--tokens", type=int, default=16384, help="context of attention")
     parser.add_argument("--repeat", type=int, default=7)
     parser.add_argument("--steps", type=int, default=48, help="of generation; 0 for none")
     options = parser.parse_args()
     schemes = options.scheme or ["nqkv4", "nqkv"]
+    work = options.work or WORK
     torch.set_grad_enabled(False)
-    rows = [*codecs(options.repeat)]
+    rows = [*codecs(options.repeat)] if "codecs" in work else []
     for scheme in schemes:
-        rows += [
-            *attention(scheme, options.tokens, options.repeat),
-            *append(scheme, options.repeat),
-        ]
-    if options.steps:
+        if "attention" in work:
+            rows += attention(scheme, options.tokens, options.repeat)
+        if "append" in work:
+            rows += append(scheme, options.repeat)
+    if "generate" in work and options.steps:
         rows += generate(schemes[0], 4096, options.steps)
     for r in rows:
         if options.json:
