@@ -112,6 +112,13 @@ def assemble(ptx: Path, wheel: str, arch: str) -> str:
         return run(ptxas, "-v", *STRICT, f"-arch={arch}", ptx, "-o", Path(folder) / "x.cubin")
 
 
+def assemblers(source: Path) -> list[tuple[str, str]]:
+    """Wheels and architectures that take a source's PTX."""
+    least = int(words(source)["target"][0].removeprefix("compute_"))
+    pairs = [(wheel, arch) for wheel, archs in ASSEMBLERS.items() for arch in archs]
+    return [(wheel, arch) for wheel, arch in pairs if int(arch.removeprefix("sm_")) >= least]
+
+
 def check_sass(source: Path, expectations: list[str]) -> list[str]:
     """Instructions that the machine code must hold."""
     wrong = []
@@ -140,11 +147,10 @@ def check(source: Path, verbose: bool) -> list[str]:
             committed.splitlines(), fresh.splitlines(), "committed", "rebuilt", "", "", 2
         )
         return [f"{target(source).name} is not what {source.name} compiles to", *list(diff)[:40]]
-    for wheel, archs in ASSEMBLERS.items():
-        for arch in archs:
-            said = assemble(target(source), wheel, arch)
-            if verbose:
-                print(f"{source.name} {arch}\n{said}")
+    for wheel, arch in assemblers(source):
+        said = assemble(target(source), wheel, arch)
+        if verbose:
+            print(f"{source.name} {arch}\n{said}")
     return check_sass(source, words(source)["expect"])
 
 
@@ -181,9 +187,8 @@ def main() -> int:
                 target(source).write_text(text)
                 print(f"{target(source).relative_to(HERE.parent)}: {len(text)} bytes")
                 if options.verbose:
-                    for wheel, archs in ASSEMBLERS.items():
-                        for arch in archs:
-                            print(f"{arch}\n{assemble(target(source), wheel, arch)}")
+                    for wheel, arch in assemblers(source):
+                        print(f"{arch}\n{assemble(target(source), wheel, arch)}")
     print(
         "\n".join(wrong)
         or f"{len(sources)} files {'are' if options.check else 'were'} compiled from their sources"

@@ -6,6 +6,7 @@
 
 mod append;
 mod arguments;
+mod attend;
 mod cache;
 mod codec;
 mod driver;
@@ -17,6 +18,7 @@ mod room;
 mod seal;
 mod transform;
 
+pub use self::attend::{Attend, Workspace};
 pub use self::cache::DeviceCache;
 pub use self::codec::codec_bytes;
 pub use self::driver::{Device, Stream, device, driver_version, status};

@@ -1,5 +1,7 @@
 //! `nqkv_rs._core`: argument checks, GIL, error mapping. Nothing else.
 
+#[cfg(feature = "cuda")]
+mod attend;
 mod borrow;
 mod cache;
 #[cfg(feature = "cuda")]
@@ -80,6 +82,9 @@ fn cpu_features(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
 /// The extension module.
 #[pymodule]
 mod _core {
+    #[cfg(feature = "cuda")]
+    #[pymodule_export]
+    use super::attend::{cuda_attend, cuda_attend_workspace, cuda_newest_are_exact};
     #[pymodule_export]
     use super::cache::LayerCache;
     #[cfg(feature = "cuda")]

@@ -216,3 +216,18 @@ def cuda_dequantize(
     flat: bool,
     order: str,
 ) -> None: ...
+def cuda_attend_workspace(
+    cache: CudaLayerCache, columns: int
+) -> tuple[int | None, str | None]: ...
+def cuda_newest_are_exact(cache: CudaLayerCache, queries: int) -> bool: ...
+def cuda_attend(
+    cache: CudaLayerCache,
+    q: Any,
+    out: Any,
+    scale: float,
+    workspace: Any,
+    starts: Any | None = None,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    lse: Any | None = None,
+) -> None: ...

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from nqkv_rs import _core
+from nqkv_rs import _attend, _core
 from nqkv_rs._arguments import whole
 from nqkv_rs.cache import LayerCache
 from nqkv_rs.scheme import Scheme
@@ -39,7 +39,8 @@ class CudaLayerCache:
     """:class:`nqkv_rs.LayerCache` on a CUDA device, for PyTorch tensors.
 
     Pages are byte for byte those of the CPU. Nothing waits for the device: a NaN or infinity that
-    is appended is not refused here. Attention dequantizes a bounded number of tokens at a time.
+    is appended is not refused here. Attention of a step is one launch; what that does not take is
+    dequantized, a bounded number of tokens at a time.
 
     Args:
         scheme: as for :class:`nqkv_rs.LayerCache`.
@@ -71,6 +72,8 @@ class CudaLayerCache:
             raise ValueError(f"device: expected a CUDA device, got {self.device}")
         if self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
+        # Raise where attention dequantizes tiles though it is a decode step.
+        self.strict = False
         self.key_dim = whole("key_dim", key_dim, 1, 256)
         self.value_dim = key_dim if value_dim is None else whole("value_dim", value_dim, 1, 256)
         self.core = _core.CudaLayerCache(
@@ -126,6 +129,7 @@ class CudaLayerCache:
         tokens = whole("tokens", tokens, 0)
         moved = self._make_room(tokens)
         self.core.reserve(tokens, self._codec)
+        _attend.make_ready(self)
         return moved
 
     def advance(self, tokens: int) -> None:
@@ -219,6 +223,11 @@ class CudaLayerCache:
         lengths = [self.core.tokens(b) for b in range(batch)]
         if min(lengths, default=0) < queries:
             raise ValueError(f"q: expected at most {min(lengths)} queries, got {queries}")
+        reason = _attend.refusal(self, q, out, fresh)
+        if reason is None:
+            _attend.attend(self, q, out, scale, starts, window, soft_cap, lse)
+            return self._count(lengths, queries, starts, window)
+        _attend.slow(reason, q, self.strict)
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         ends = torch.tensor(lengths, device=self.device)
         position = ends[:, None] - queries + torch.arange(queries, device=self.device)
@@ -340,7 +349,7 @@ class CudaLayerCache:
         chosen = list(all_) if sequences is None else [whole("sequences", i, 0) for i in sequences]
         copy = CudaLayerCache.__new__(CudaLayerCache)
         copy.scheme, copy.device, copy._codec = self.scheme, self.device, self._codec
-        copy.key_dim, copy.value_dim = self.key_dim, self.value_dim
+        copy.key_dim, copy.value_dim, copy.strict = self.key_dim, self.value_dim, self.strict
         copy.core = self.core.fork(chosen, self._room(len(chosen), self._capacity()))
         return copy
 

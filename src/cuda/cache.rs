@@ -4,6 +4,7 @@
 //! nothing from the host and a CUDA graph can hold it. The core allocates nothing there: rows, tables and room for exact
 //! tokens are memory of the caller's. Rows are reserved ahead of the append that fills them.
 
+mod attend;
 mod growth;
 mod host;
 mod operations;

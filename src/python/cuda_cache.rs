@@ -91,7 +91,7 @@ impl CudaLayerCache {
     }
 
     /// For threads with the GIL, which is given up while another thread is in a call. No Python code may run under it.
-    fn look(&self, py: Python<'_>) -> MutexGuard<'_, cuda::DeviceCache> {
+    pub(super) fn look(&self, py: Python<'_>) -> MutexGuard<'_, cuda::DeviceCache> {
         self.inner.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -101,7 +101,7 @@ impl CudaLayerCache {
     }
 }
 
-fn view(what: &str, x: &OnDevice<'_>, device: i32) -> PyResult<DeviceView> {
+pub(super) fn view(what: &str, x: &OnDevice<'_>, device: i32) -> PyResult<DeviceView> {
     x.check_device(what, device)?;
     let t = &x.tensor;
     let dtype = t.float(what)?;

@@ -96,6 +96,7 @@ class NqkvLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             from nqkv_rs.cuda_cache import CudaLayerCache
 
             self.cache = CudaLayerCache(self.scheme, **shape, device=self.device)
+            self.cache.strict = self.shared.strict
         else:
             raise NotImplementedError(
                 f"NqkvCache: expected a model on the CPU or on CUDA, got tensors on {self.device}"

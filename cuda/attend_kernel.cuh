@@ -1,0 +1,306 @@
+// Decode attention on pages: the kernel. See attend_loop.cuh.
+#pragma once
+#include "attend_loop.cuh"
+
+namespace nqkv {
+
+// The table: 16 bytes at a time, since all lanes have the same word. A half warp makes a row.
+template <int UNROLL> DEVICE void fill_table(const AttendArguments& a, uint8_t* table) {
+  const int lane = threadIdx.x & 31, side = lane / 8 % 2;
+  const uint32_t levels = a.level[0][lane % 16] | uint32_t(a.level[1][lane % 16]) << 16;
+#pragma unroll UNROLL
+  for (int row = threadIdx.x / 16; row < 256; row += blockDim.x / 16) {
+    const uint32_t low = __shfl_sync(~0u, levels, row % 16), high = __shfl_sync(~0u, levels, row / 16);
+    const uint32_t x = __byte_perm(low, high, side ? 0x7632 : 0x5410);
+    *(uint4*)(table + 256 * row + lane % 16 * 16) = make_uint4(x, x, x, x);
+  }
+}
+
+// prefix[b] = items of the sequences before b, for one head; returns all.
+DEVICE int scan_items(const AttendArguments& a, int* prefix, const int4& ahead) {
+  if (threadIdx.x < 32) {
+    int before = 0;
+#pragma unroll 1
+    for (int first = 0; first < a.batch; first += 32) {
+      const int b = first + threadIdx.x;
+      int x = b < a.batch ? items_of(a, b, first == 0 ? ahead : __ldg(a.counts + b)) : 0;
+#pragma unroll
+      for (int d = 1; d < 32; d <<= 1) {
+        const int y = __shfl_up_sync(~0u, x, d);
+        if (int(threadIdx.x) >= d) x += y;
+      }
+      if (b < a.batch) prefix[b + 1] = before + x;
+      before += __shfl_sync(~0u, x, 31);
+    }
+    if (threadIdx.x == 0) prefix[0] = 0;
+  }
+  __syncthreads();
+  return prefix[a.batch];
+}
+
+// The walk that begins at an item of all.
+DEVICE void begin_walk(const AttendArguments& a, const int* prefix, int at, Walk& walk) {
+  const int places = a.heads * a.passes, inside = int(unsigned(at) / unsigned(places));
+  int b = 0;
+#pragma unroll 1
+  for (int first = 1; first <= a.batch; first += 32) {
+    const int i = first + (threadIdx.x & 31);
+    const unsigned found = __ballot_sync(~0u, i <= a.batch && prefix[i] <= inside);
+    b += __popc(found);
+    if (found != ~0u) break;
+  }
+  const int length = prefix[b + 1] - prefix[b], rest = at - prefix[b] * places, place = int(unsigned(rest) / unsigned(length));
+  const int h = a.passes == 1 ? place : place / a.passes;
+  walk.open(a, prefix, b, h, place - h * a.passes, at - (rest - place * length));
+}
+
+// Shared memory.
+template <class S> struct Room {
+  uint8_t *table, *stages;
+  Part* parts;         // of warp w: 2 w, of a unit that began before; 2 w + 1, of its last one
+  Facts* facts;
+  int *last, *prefix;  // what is known of two units; where each sequence begins
+  float* numbers;      // of parts
+  DEVICE Room(const AttendArguments& a, int warps) {
+    extern __shared__ __align__(1024) uint8_t dynamic[];
+    // Dynamic shared memory begins at or before TABLE_AT; the launch has room for the difference.
+    table = dynamic + (TABLE_AT - shared_address(dynamic));
+    stages = table + TABLE_BYTES;
+    parts = (Part*)(stages + warps * S::STAGE);
+    facts = (Facts*)(parts + 2 * warps);
+    last = (int*)(facts + warps), prefix = last + 6;
+    numbers = a.parts_shared ? (float*)(stages + a.parts_shared)
+                             : a.partial + 2ll * gridDim.x * COLUMNS * (S::D + 2) + 2ll * blockIdx.x * warps * COLUMNS * S::D;
+  }
+};
+
+// Parts of this block's warps, unit by unit; then parts of blocks, by the last of a unit's.
+template <class S> DEVICE void merge(const AttendArguments& a) {
+  const int warps = opaque(blockDim.x / 32);
+  const Room<S> room(a, warps);
+  const Part* const parts = room.parts;
+  int *const last = room.last, *const prefix = room.prefix;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
+  const int items = *(const volatile int*)(prefix + a.batch) * a.heads * a.passes;
+  const Shares of_blocks(items, min(int(gridDim.x), items));
+  const int block_begin = of_blocks.begin(blockIdx.x), block_end = of_blocks.begin(blockIdx.x + 1);
+  float* const block_parts = a.partial;
+  float2* const block_columns = (float2*)(block_parts + 2ll * gridDim.x * COLUMNS * S::D);
+  const int mine = lane < 2 * warps ? parts[lane].unit.number : -1;
+  // A part of the unit that other blocks have begun, and of the one that others go on with.
+  int early = -1, late = -1, item = 0;
+  for (unsigned left = __ballot_sync(~0u, mine >= 0); left;) {
+    const int first = __ffs(left) - 1;
+    const unsigned group = __ballot_sync(~0u, mine == __shfl_sync(~0u, mine, first));
+    left &= ~group;
+    const Unit& u = parts[first].unit;
+    const bool whole = u.begin >= block_begin && u.end <= block_end, is_late = u.begin > block_begin;
+    const int slot = 2 * blockIdx.x + is_late, columns = u.columns;
+    if (!whole) (is_late ? late : early) = first;
+    for (int c = 0; c < columns; c++) {
+      if (item == warp) {
+        const float2 part = group >> lane & 1 ? parts[lane].column[c] : make_float2(NOTHING, 0.f);
+        Sum sum;
+#pragma unroll
+        for (int turn = 0; turn < (S::D + 127) / 128; turn++) {
+          const int e = 128 * turn + 4 * lane;
+          sum.begin(part);
+#pragma unroll 1
+          for (unsigned rest = group; rest; rest &= rest - 1) {
+            const int p = __ffs(rest) - 1;
+            sum.add(p, *(const float4*)(room.numbers + (p * COLUMNS + c) * S::D + min(e, S::D - 4)));
+          }
+          if (whole && e < S::D) finish(a, u, c, e, S::D, sum);
+          if (!whole && e < S::D) *(float4*)(block_parts + ((long long)slot * COLUMNS + c) * S::D + e) = sum.numbers();
+        }
+        if (!whole && lane == 0) block_columns[slot * COLUMNS + c] = make_float2(sum.most, sum.sum);
+      }
+      item = item + 1 == warps ? 0 : item + 1;
+    }
+  }
+  if (early < 0 && late < 0) return;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x < 2) {
+    const int p = threadIdx.x == 0 ? early : late;
+    int* const said = last + 3 * threadIdx.x;  // whether this is the last block; the unit's first and last one
+    said[0] = 0;
+    if (p >= 0) {
+      const Unit& u = parts[p].unit;
+      said[1] = of_blocks.part_of(u.begin), said[2] = of_blocks.part_of(u.end - 1);
+      said[0] = atomicAdd(a.arrived + u.number, 1) == said[2] - said[1];
+      if (said[0]) a.arrived[u.number] = 0;
+    }
+  }
+  __syncthreads();
+#pragma unroll 1
+  for (int which = 0; which < 2; which++) {
+    if (!last[3 * which]) continue;
+    __threadfence();
+    const Unit& u = parts[which == 0 ? early : late].unit;
+    const int first_block = last[3 * which + 1], last_block = last[3 * which + 2];
+    // In its first block a unit may begin in the middle; there it is the last one.
+    const int first_slot = 2 * first_block + (u.begin > of_blocks.begin(first_block));
+    for (int c = warp; c < u.columns; c += warps) {
+#pragma unroll
+      for (int turn = 0; turn < (S::D + 127) / 128; turn++) {
+        const int e = 128 * turn + 4 * lane;
+        Sum total;
+        total.most = NOTHING, total.sum = total.number[0] = total.number[1] = total.number[2] = total.number[3] = 0.f;
+#pragma unroll 1
+        for (int first = first_block; first <= last_block; first += 32) {
+          const int k = first + lane, n = min(32, last_block + 1 - first);
+          const float2 part = k <= last_block ? __ldcg(block_columns + (k == first_block ? first_slot : 2 * k) * COLUMNS + c) : make_float2(NOTHING, 0.f);
+          Sum sum;
+          // Eight at a time: one trip to memory.
+#pragma unroll 1
+          for (int i = 0; i < n; i += 8) {
+            float4 x[8];
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+              const int k = first + min(i + j, n - 1), s = k == first_block ? first_slot : 2 * k;
+              x[j] = __ldcg((const float4*)(block_parts + ((long long)s * COLUMNS + c) * S::D + min(e, S::D - 4)));
+            }
+            if (i == 0) sum.begin(part);
+#pragma unroll
+            for (int j = 0; j < 8; j++)
+              if (i + j < n) sum.add(i + j, x[j]);
+          }
+          total.join(sum.most, sum.sum, sum.numbers());
+        }
+        if (e < S::D) finish(a, u, c, e, S::D, total);
+      }
+    }
+  }
+}
+
+template <class S> DEVICE void load_keys(const AttendArguments& a, Raw<S>& raw, const Item& x) {
+  if (x.exact()) load_exact(raw, Rows(x.keys, opaque(a.heads) * 2 * S::D, x.tokens()));
+  else load_page(raw, x.keys + (threadIdx.x & 31) * 16);
+}
+
+// Asks for what this block will probably need, as if all sequences were equally long: the first trip to a page of memory is long.
+DEVICE void ask_ahead(const AttendArguments& a) {
+  const unsigned unit = blockIdx.x * unsigned(a.batch * a.heads) / gridDim.x, b = unit / unsigned(a.heads), h = unit - b * a.heads;
+  if (threadIdx.x == 32) asm volatile("prefetch.global.L2 [%0];" ::"l"(a.table + b * a.capacity));
+  if (threadIdx.x == 64) asm volatile("prefetch.global.L2 [%0];" ::"l"(a.q + b * a.q_stride[0] + h * a.group * a.q_stride[1]));
+}
+
+template <class S> DEVICE void attend(const AttendArguments& a) {
+  const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x & 31;
+  int4 ahead = make_int4(0, 0, 0, 0);
+  if (int(threadIdx.x) < min(32, a.batch)) ahead = __ldg(a.counts + threadIdx.x);
+  ask_ahead(a);
+  const Room<S> room(a, warps);
+  uint8_t* const table = room.table;
+  Part* const parts = room.parts;
+  int* const prefix = room.prefix;
+  const uint32_t key_fields = shared_address(room.stages + warp * S::STAGE), value_fields = key_fields + S::KEY_FIELDS;
+  if (lane < 2) parts[2 * warp + lane].unit.number = -1;
+  const int places = a.heads * a.passes, items = scan_items(a, prefix, ahead) * places;
+  const int blocks = min(int(gridDim.x), items);  // with fewer items than blocks, the last ones have nothing to do
+  if (int(blockIdx.x) >= blocks) return;
+  const Shares of_blocks(items, blocks);
+  const int block_begin = of_blocks.begin(blockIdx.x), block_end = of_blocks.begin(blockIdx.x + 1);
+  const Shares of_warps(block_end - block_begin, warps);
+  const int begin = block_begin + of_warps.begin(warp), end = block_begin + of_warps.begin(warp + 1);
+
+  Walk walk;
+  walk.facts = room.facts + warp;
+  Queries<S> q;
+  Raw<S> raw;
+  Item x;
+  if (begin < end) {
+    if (lane == 0) walk.facts->begin = begin, walk.facts->to = room.numbers + 2 * warp * COLUMNS * S::D;
+    begin_walk(a, prefix, begin, walk);
+    q.fetch(a, walk.facts->unit.b, walk.facts->unit.h, walk.facts->unit.column);
+    x = walk.current(a, begin, 2 * S::D);
+    load_keys(a, raw, x);
+    if (!x.exact()) copy_fields<S::KEY_FIELDS>(key_fields, x.keys + S::CODES), copy_fields<S::VALUE_FIELDS>(value_fields, x.values(a) + S::CODES);
+  }
+  fill_table<S::D == 128 || S::D == 64 ? 4 : 1>(a, table);
+  __syncthreads();
+  if (begin < end) {
+    State<S> state;
+    q.prepare(a);
+    state.clear();
+    const uint32_t lane4 = lane * 4;
+#pragma unroll 1
+    for (int at = begin; at < end; at++) {
+      const bool more = at + 1 < end;
+      float score[4][4];
+      await_fields();
+      if (x.exact()) {
+        exact_scores(score[0], a, q, raw);
+        load_exact(raw, Rows(x.values(a), opaque(a.heads) * 2 * S::D, x.tokens()));
+      } else {
+        page_scores(score, q, raw, x.values(a) + lane * 16, key_fields, lane4);
+      }
+      if (a.soft_cap > 0.f) {
+        if (x.exact()) cap_scores((float(&)[1][4])score, a.soft_cap);
+        else cap_scores(score, a.soft_cap);
+      }
+      if (walk.needs_mask(a, x, at)) {
+        if (x.exact()) walk.mask(a, (float(&)[1][4])score, at, x.tokens());
+        else walk.mask(a, score, at, x.tokens());
+      }
+      const bool done = walk.reach(a, prefix, at + 1);
+      Item y = x;
+      if (more) y = walk.current(a, at + 1, 2 * S::D);
+      const bool page = more && !y.exact();
+      __syncwarp();
+      if (page) copy_fields<S::KEY_FIELDS>(key_fields, y.keys + S::CODES);
+      if (x.exact()) {
+        uint32_t weight[2];
+        weigh<S, 1>(weight, (float(&)[1][4])score, state);
+        add_exact(state, a, weight, raw);
+        if (page) copy_fields<S::VALUE_FIELDS>(value_fields, y.values(a) + S::CODES);
+        if (more) load_keys(a, raw, y);
+      } else {
+        uint32_t weight[8];
+        weigh<S, 4>(weight, score, state);
+        Scales<S> scale;
+        scale.load(value_fields, x.tokens());
+        __syncwarp();
+        if (page) copy_fields<S::VALUE_FIELDS>(value_fields, y.values(a) + S::CODES);
+        add_page(state, weight, raw, scale, page ? y.keys + lane * 16 : nullptr, lane4);
+        if (more && !page) load_keys(a, raw, y);
+      }
+      x = y;
+      if (!done && more) continue;
+      // The end of a unit, or of this warp's share.
+#pragma unroll
+      for (int d = 4; d < 32; d <<= 1) {
+        state.sum[0] += __shfl_xor_sync(~0u, state.sum[0], d);
+        state.sum[1] += __shfl_xor_sync(~0u, state.sum[1], d);
+      }
+      const Unit* const u = done ? &walk.facts->was : &walk.facts->unit;
+      if (done && u->begin >= walk.facts->begin) {
+        store_unit(a, *u, state);
+      } else {
+        // A share has at most one unit that began before it and goes on to another one, and one that goes on after it.
+        Part* const part = parts + 2 * warp + (more ? 0 : 1);
+        store_part(state, walk.facts->to + (more ? 0 : COLUMNS * S::D));
+        if (lane < 4) {
+          part->column[2 * lane] = make_float2(state.most[0], state.sum[0]);
+          part->column[2 * lane + 1] = make_float2(state.most[1], state.sum[1]);
+        }
+        if (lane == 0) part->unit = *u;
+      }
+      if (!more) break;
+      q.fetch(a, walk.facts->unit.b, walk.facts->unit.h, walk.facts->unit.column);
+      q.prepare(a);
+      state.clear();
+    }
+  }
+  __syncthreads();
+  merge<S>(a);
+}
+
+}  // namespace nqkv
+
+#define ATTEND(NAME, D, PER_TOKEN, BLOCK)                                                                                       \
+  extern "C" __global__ void __launch_bounds__(32 * nqkv::Shape<D, PER_TOKEN, BLOCK>::MOST_WARPS, 1)                              \
+      NAME(const __grid_constant__ AttendArguments a) {                                                                          \
+    nqkv::attend<nqkv::Shape<D, PER_TOKEN, BLOCK>>(a);                                                                            \
+  }

@@ -1,0 +1,342 @@
+//! Decode attention on pages: which kernel takes a cache and a call, in which configuration, and its launch.
+//!
+//! A launch allocates nothing and waits for nothing; how much there is to do, the kernel finds in the counts on the device.
+//! What no kernel takes is refused with the reason, for the caller to take another way.
+
+mod kernels;
+
+use std::ffi::c_void;
+
+use cudarc::driver::result;
+use half::f16;
+
+use self::kernels::Keys;
+use super::codec::dtype_number;
+use super::driver::{Device, Stream, error};
+use super::paged::Pages;
+use super::room::DeviceView;
+use crate::codec::ScaleDtype;
+use crate::error::{Error, Result};
+use crate::page::{FieldAxis, PAGE_TOKENS};
+use crate::scheme::Span;
+use crate::seal::{PageCodec, SideCodec};
+use crate::tensor::Dtype;
+
+/// Columns (queries times query heads of a KV head) of one pass over a page.
+const COLUMNS: usize = 8;
+/// Columns that a call may have: beyond, pages are read too often.
+const MOST_COLUMNS: usize = 128;
+/// Sequences whose shares are computed on the device.
+const MOST_BATCH: usize = 2048;
+/// Where the decoding table begins in shared memory, and its size.
+const TABLE: [usize; 2] = [1024, 65536];
+/// Counters in front of the workspace, and how many units they serve.
+const ARRIVED_BYTES: usize = 1 << 20;
+const MOST_UNITS: usize = ARRIVED_BYTES / 4;
+
+/// What to attend with.
+#[derive(Debug, Clone)]
+pub struct Attend {
+    /// `[batch, q_heads, queries, dim]`.
+    pub q: DeviceView,
+    /// `[batch, queries, q_heads, dim]`, contiguous.
+    pub out: (u64, Dtype),
+    /// `[batch, queries, q_heads]` fp32, or 0.
+    pub lse: u64,
+    /// An int32 for each sequence, or 0.
+    pub starts: u64,
+    /// Factor of the scores.
+    pub scale: f32,
+    /// As for [`crate::attention::Queries`].
+    pub window: Option<usize>,
+    /// As for [`crate::attention::Queries`].
+    pub soft_cap: Option<f32>,
+    /// Device memory of [`Workspace`] bytes, zeroed once; nobody else uses it while the launch runs.
+    pub workspace: u64,
+}
+
+/// What the host knows of the sequences.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Known {
+    /// Pages before a sequence's last may be partial, now or once a captured graph has appended.
+    pub(super) irregular: bool,
+}
+
+/// Bytes of workspace that a call takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Workspace(pub usize);
+
+/// A kernel and its launch configuration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Plan {
+    keys: Keys,
+    dim: usize,
+    warps: usize,
+    blocks: usize,
+    shared: usize,
+    passes: usize,
+    /// Where, after the first stage, shared memory has room for parts of units that end in a warp; 0: they go to memory.
+    parts_shared: usize,
+}
+
+/// `AttendArguments` of `cuda/attend.cuh`.
+#[repr(C)]
+struct AttendArguments {
+    counts: u64,
+    table: u64,
+    sinks: [u64; 2],
+    tail: [u64; 2],
+    q: u64,
+    out: u64,
+    lse: u64,
+    starts: u64,
+    partial: u64,
+    arrived: u64,
+    capacity: i64,
+    q_stride: [i64; 3],
+    batch: i32,
+    heads: i32,
+    group: i32,
+    queries: i32,
+    passes: i32,
+    page_bytes: i32,
+    value_offset: i32,
+    sink_slots: i32,
+    tail_slots: i32,
+    exact: i32,
+    q_dtype: i32,
+    out_dtype: i32,
+    window: i32,
+    masked: i32,
+    irregular: i32,
+    single: i32,
+    parts_shared: i32,
+    scale: f32,
+    soft_cap: f32,
+    level: [[u16; 16]; 2],
+}
+const _: () = assert!(size_of::<AttendArguments>() == 272);
+
+/// Which kernel reads pages of this codec, or why none does.
+fn keys_of(codec: &PageCodec) -> std::result::Result<Keys, String> {
+    let (key, value) = (&codec.key, &codec.value);
+    let dim = key.layout.dim;
+    if dim != value.layout.dim {
+        return Err(format!("keys and values of one head size, got {dim} and {}", value.layout.dim));
+    }
+    for side in [key, value] {
+        if side.is_ordered() || side.layout.slabs.iter().any(|s| s.width != 4) || side.layout.dim != side.layout.stored {
+            return Err("4-bit slabs of whole channels in the model's order".into());
+        }
+        if side.scale_dtype != ScaleDtype::Fp16 {
+            return Err("scales in fp16".into());
+        }
+    }
+    let FieldAxis::PerToken { blocks } = value.layout.axis else { unreachable!("values have one scale per token") };
+    if value.layout.fields != 1 {
+        return Err("values with a scale and no zero point".into());
+    }
+    let spec = &codec.scheme.value;
+    let keys = match key.layout.axis {
+        FieldAxis::PerChannel { group: PAGE_TOKENS } if key.layout.fields == 2 => Keys::Channel,
+        FieldAxis::PerChannel { .. } => return Err("keys with scale and mean of 64 tokens, or one scale per token".into()),
+        FieldAxis::PerToken { blocks: 1 } if key.layout.fields == 1 => Keys::Token,
+        FieldAxis::PerToken { .. } => return Err("keys with one scale per token and head".into()),
+    };
+    let fits = match keys {
+        Keys::Channel => blocks == dim.div_ceil(64) && (blocks == 1 || (spec.span == Span::Head && spec.block == 64)),
+        Keys::Token => blocks == 1,
+    };
+    if !fits {
+        let expected = if keys == Keys::Channel { "in blocks of 64 channels" } else { "with one scale per token and head" };
+        return Err(format!("values {expected}"));
+    }
+    let dims = kernels::dims(keys);
+    if !dims.contains(&dim) {
+        return Err(format!("a head size of {dims:?}, got {dim}"));
+    }
+    Ok(keys)
+}
+
+/// Warps of a block that registers allow, as in `cuda/attend.cuh`.
+fn most_warps(dim: usize) -> usize {
+    match dim {
+        96 | 129.. => 8,
+        _ => 12,
+    }
+}
+
+/// Bytes of a page's fields: a warp's room in shared memory.
+fn field_bytes(codec: &PageCodec) -> usize {
+    codec.key.layout.field_bytes + codec.value.layout.field_bytes
+}
+
+impl Plan {
+    /// The configuration for a call of `columns` per KV head, or why there is none.
+    pub(super) fn new(
+        codec: &PageCodec,
+        exact: Dtype,
+        device: &Device,
+        batch: usize,
+        columns: usize,
+    ) -> std::result::Result<Self, String> {
+        let keys = keys_of(codec)?;
+        Self::configure(keys, codec, exact, (device.processors(), device.shared_limit()), batch, columns)
+    }
+
+    fn configure(
+        keys: Keys,
+        codec: &PageCodec,
+        exact: Dtype,
+        (processors, shared_limit): (usize, usize),
+        batch: usize,
+        columns: usize,
+    ) -> std::result::Result<Self, String> {
+        let dim = codec.key.layout.dim;
+        if !matches!(exact, Dtype::F16 | Dtype::Bf16) {
+            return Err(format!("exact tokens in float16 or bfloat16, got {}", exact.name()));
+        }
+        if columns > MOST_COLUMNS {
+            return Err(format!("at most {MOST_COLUMNS} queries times heads of a KV head, got {columns}"));
+        }
+        if batch > MOST_BATCH {
+            return Err(format!("at most {MOST_BATCH} sequences, got {batch}"));
+        }
+        let passes = columns.div_ceil(COLUMNS);
+        if batch * codec.heads * passes > MOST_UNITS {
+            return Err(format!("at most {MOST_UNITS} sequences times heads, got {}", batch * codec.heads * passes));
+        }
+        // Of a warp: a page's fields, two parts of a merge, what it knows of its sequence. Then what is known of two units, and
+        // where each sequence begins.
+        let of_warp = field_bytes(codec) + 2 * 96 + 128;
+        let sequences = 24 + 4 * (batch + 1);
+        let fixed = TABLE.iter().sum::<usize>() + sequences.next_multiple_of(16);
+        let most = most_warps(dim);
+        let warps = (shared_limit.saturating_sub(fixed) / of_warp).min(most);
+        if warps == 0 {
+            return Err(format!("{} bytes of shared memory, got {shared_limit}", fixed + of_warp));
+        }
+        let (parts, end) = (2 * warps * COLUMNS * dim * 4, fixed + warps * of_warp);
+        let fits = end + parts <= shared_limit;
+        let parts_shared = if fits { end - TABLE.iter().sum::<usize>() } else { 0 };
+        let shared = if fits { end + parts } else { end };
+        Ok(Self { keys, dim, warps, blocks: processors, shared, passes, parts_shared })
+    }
+
+    /// Bytes of workspace.
+    pub(super) fn workspace(&self) -> Workspace {
+        let of_warps = if self.parts_shared > 0 { 0 } else { 2 * self.warps * COLUMNS * self.dim };
+        Workspace(ARRIVED_BYTES + 4 * self.blocks * (2 * COLUMNS * (self.dim + 2) + of_warps))
+    }
+}
+
+fn levels(side: &SideCodec) -> [u16; 16] {
+    let levels = side.books[0].as_deref().expect("4-bit slabs have a codebook").levels();
+    // Codes beyond the last level mean the last.
+    std::array::from_fn(|i| f16::from_f32(levels[i.min(levels.len() - 1)]).to_bits())
+}
+
+impl Pages<'_> {
+    /// Launches attention.
+    ///
+    /// # Safety
+    /// The addresses in `call` are memory of this device of the sizes that it names, alive until `stream` is past this.
+    pub(super) unsafe fn attend(&self, plan: &Plan, call: &Attend, known: Known, stream: Stream) -> Result<()> {
+        let [batch, q_heads, queries, _] = call.q.shape;
+        let (scheme, heads, room) = (&self.codec.scheme, self.codec.heads, self.room);
+        let single = scheme.writes_single_slots();
+        let masked = call.window.is_some() || call.starts != 0 || queries > 1;
+        let q_stride = [call.q.strides[0], call.q.strides[1], call.q.strides[2]].map(|s| 2 * s as i64);
+        let mut a = AttendArguments {
+            counts: room.counts,
+            table: room.table,
+            sinks: room.sinks,
+            tail: room.tail,
+            q: call.q.address,
+            out: call.out.0,
+            lse: call.lse,
+            starts: call.starts,
+            partial: call.workspace + ARRIVED_BYTES as u64,
+            arrived: call.workspace,
+            capacity: room.capacity as i64,
+            q_stride,
+            batch: batch as i32,
+            heads: heads as i32,
+            group: (q_heads / heads) as i32,
+            queries: queries as i32,
+            passes: plan.passes as i32,
+            page_bytes: self.codec.layout.page_bytes() as i32,
+            value_offset: self.codec.layout.value_offset() as i32,
+            sink_slots: scheme.sink_tokens as i32,
+            tail_slots: if single { 0 } else { scheme.residual_length + PAGE_TOKENS } as i32,
+            exact: dtype_number(self.exact) as i32,
+            q_dtype: dtype_number(call.q.dtype) as i32,
+            out_dtype: dtype_number(call.out.1) as i32,
+            window: call.window.map_or(0, |w| w.min(i32::MAX as usize) as i32),
+            masked: i32::from(masked),
+            irregular: i32::from(known.irregular),
+            single: i32::from(single),
+            parts_shared: plan.parts_shared as i32,
+            scale: call.scale,
+            soft_cap: call.soft_cap.unwrap_or(0.0),
+            level: [levels(&self.codec.key), levels(&self.codec.value)],
+        };
+        let function = kernels::function(self.device, plan.keys, plan.dim, self.device.shared_limit())?;
+        self.device.bind()?;
+        let handle = std::ptr::with_exposed_provenance_mut(stream.0);
+        let (grid, threads) = ((plan.blocks as u32, 1, 1), (32 * plan.warps as u32, 1, 1));
+        let argument: *mut c_void = (&raw mut a).cast();
+        // SAFETY: the one parameter is this struct; the addresses in it are the room's and the caller's.
+        unsafe { result::launch_kernel(function.0, grid, threads, plan.shared as u32, handle, &mut [argument]) }
+            .map_err(error("attention"))
+    }
+}
+
+/// Refuses queries that do not fit the cache. Returns columns per KV head.
+pub(super) fn check_queries(codec: &PageCodec, batch: usize, shortest: usize, shape: [usize; 4]) -> Result<usize> {
+    let [b, q_heads, queries, dim] = shape;
+    if b != batch || dim != codec.key.layout.dim {
+        let expected = format!("[{batch}, q_heads, queries, {}]", codec.key.layout.dim);
+        return Err(Error::shape("q", expected, format!("{shape:?}")));
+    }
+    if q_heads == 0 || q_heads % codec.heads != 0 {
+        return Err(Error::value("q_heads", format!("a multiple of {} KV heads", codec.heads), q_heads));
+    }
+    if shortest < queries {
+        return Err(Error::value("queries", format!("at most {shortest} (the tokens held, queries included)"), queries));
+    }
+    Ok(queries * (q_heads / codec.heads))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::scheme::Scheme;
+
+    fn codec(scheme: &str, heads: usize, dim: usize) -> PageCodec {
+        PageCodec::new(&Scheme::preset(scheme).unwrap(), heads, dim, dim).unwrap()
+    }
+
+    #[test]
+    fn one_configuration_fits_small_shared_memory() {
+        for dim in [64, 80, 96, 128, 256] {
+            // Compute capability 8.6, 8.9 and 12.0: 99 KiB for a block.
+            let codec = codec("nqkv4", 8, dim);
+            let plan = Plan::configure(Keys::Channel, &codec, Dtype::Bf16, (84, 99 << 10), 128, 4).unwrap();
+            assert!(plan.shared <= 99 << 10 && plan.warps >= 8 && plan.parts_shared == 0, "{plan:?}");
+            let plan = Plan::configure(Keys::Channel, &codec, Dtype::Bf16, (132, 227 << 10), 128, 4).unwrap();
+            assert!(plan.shared <= 227 << 10 && plan.warps >= 8 && plan.parts_shared > 0, "{plan:?}");
+        }
+    }
+
+    #[test]
+    fn what_no_kernel_takes_is_named() {
+        assert_eq!(keys_of(&codec("nqkv4", 8, 128)), Ok(Keys::Channel));
+        assert_eq!(keys_of(&codec("nqkv4-signed", 2, 96)), Ok(Keys::Channel));
+        assert_eq!(keys_of(&codec("nqkv", 8, 128)), Ok(Keys::Token));
+        assert!(keys_of(&codec("kivi2", 8, 128)).unwrap_err().contains("4-bit"));
+        assert!(keys_of(&codec("kivi4", 8, 128)).unwrap_err().contains("no zero point"));
+        assert!(keys_of(&codec("nqkv", 8, 96)).unwrap_err().contains("one scale per token"));
+        assert!(keys_of(&codec("nqkv4", 8, 112)).unwrap_err().contains("got 112"));
+    }
+}

@@ -1,0 +1,101 @@
+//! The kernels of `cuda/attend_*.cu`. A head size is compiled by the driver when it is first used: a process needs one or two.
+
+use std::ffi::CString;
+use std::sync::Mutex;
+
+use cudarc::driver::{result, sys};
+
+use crate::cuda::driver::{Device, error};
+use crate::error::Result;
+
+/// What fields keys have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Keys {
+    /// Scale and mean of each channel and page; values in blocks of 64 channels.
+    Channel,
+    /// One scale per token, values likewise.
+    Token,
+}
+
+/// One PTX: a head size.
+struct Source {
+    dim: usize,
+    ptx: &'static str,
+    keys: &'static [Keys],
+}
+
+macro_rules! sources {
+    ($($dim:literal $keys:expr),+ $(,)?) => {
+        const SOURCES: &[Source] =
+            &[$(Source { dim: $dim, ptx: include_str!(concat!("../../../cuda/ptx/attend_", $dim, ".ptx")), keys: $keys },)+];
+    };
+}
+
+sources! {
+    64 &[Keys::Channel, Keys::Token],
+    80 &[Keys::Channel],
+    96 &[Keys::Channel],
+    128 &[Keys::Channel, Keys::Token],
+    256 &[Keys::Channel, Keys::Token],
+}
+
+/// Head sizes that there are kernels for.
+pub(super) fn dims(keys: Keys) -> Vec<usize> {
+    SOURCES.iter().filter(|s| s.keys.contains(&keys)).map(|s| s.dim).collect()
+}
+
+/// A kernel as the driver knows it.
+#[derive(Clone, Copy)]
+pub(super) struct Function(pub(super) sys::CUfunction);
+// SAFETY: a handle that the driver lets any thread use; its module is never unloaded.
+unsafe impl Send for Function {}
+
+/// Loaded ones, by device and kernel.
+type Loaded = Vec<((usize, usize, Keys), Function)>;
+static LOADED: Mutex<Loaded> = Mutex::new(Vec::new());
+
+fn name(keys: Keys, dim: usize) -> String {
+    format!("attend_{}_{dim}", if keys == Keys::Channel { "channel" } else { "token" })
+}
+
+/// The kernel, loaded if it was not; `shared` is the most dynamic shared memory that a launch asks for.
+pub(super) fn function(device: &Device, keys: Keys, dim: usize, shared: usize) -> Result<Function> {
+    let key = (device.ordinal(), dim, keys);
+    let mut loaded = LOADED.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    if let Some((_, found)) = loaded.iter().find(|(k, _)| *k == key) {
+        return Ok(*found);
+    }
+    device.bind()?;
+    let source = SOURCES.iter().find(|s| s.dim == dim).expect("a head size of the table");
+    let image = CString::new(source.ptx).expect("PTX has no NUL");
+    // SAFETY: NUL-terminated PTX.
+    let module = unsafe { result::module::load_data(image.as_ptr().cast()) }.map_err(error("loading attention"))?;
+    for &keys in source.keys {
+        let entry = CString::new(name(keys, dim)).expect("names have no NUL");
+        // SAFETY: a module that was just loaded in the current context, and is never unloaded.
+        let function = unsafe { result::module::get_function(module, entry) }.map_err(error("attention kernel"))?;
+        let limit = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        // SAFETY: a loaded function.
+        unsafe { result::function::set_function_attribute(function, limit, shared as i32) }
+            .map_err(error("shared memory of attention"))?;
+        loaded.push(((device.ordinal(), dim, keys), Function(function)));
+    }
+    let found = loaded.iter().find(|(k, _)| *k == key).expect("a kernel of the table");
+    Ok(found.1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_kernel_is_in_its_ptx() {
+        for source in SOURCES {
+            assert!(source.ptx.contains(".version 8.0") && source.ptx.contains(".target sm_80\n"), "{}", source.dim);
+            for &keys in source.keys {
+                assert!(source.ptx.contains(&format!(".entry {}(", name(keys, source.dim))), "{}", source.dim);
+            }
+            assert_eq!(source.ptx.matches(".entry ").count(), source.keys.len());
+        }
+    }
+}
