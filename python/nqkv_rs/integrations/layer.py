@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
@@ -113,8 +112,7 @@ class NqkvLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             kv_heads: KV heads.
             page_bytes: bytes of a page.
         """
-        # NumPy asks for huge pages where that is possible: attention walks all of it in each call.
-        return torch.from_numpy(np.empty((rows, kv_heads, page_bytes), dtype=np.uint8))
+        return torch.empty((rows, kv_heads, page_bytes), dtype=torch.uint8)
 
     def adopt(self, cache: LayerCache | CudaLayerCache) -> None:
         """Hold what ``cache`` holds.
