@@ -1,7 +1,12 @@
-// Decode attention on pages: what the kernels of attend_*.cu share. The loop is in attend_loop.cuh, the numbers of a tile in
-// attend_tile.cuh.
+// Decode attention on pages: what the kernels of attend_*.cu share. The numbers of a tile are in attend_tile.cuh,
+// who does what in attend_loop.cuh, the kernel in attend_kernel.cuh.
 #pragma once
 #include "page.cuh"
+#ifdef NQKV_EMULATED
+#include "emulated.cuh"
+#else
+#include "attend_ptx.cuh"
+#endif
 
 struct AttendArguments {
   const int4* counts;               // sinks, pages, tail, open, of each sequence
@@ -12,7 +17,7 @@ struct AttendArguments {
   uint8_t* out;        // [batch][queries][q_heads][dim]
   float* lse;          // [batch][queries][q_heads], or null
   const int* starts;   // first attended position of each sequence, or null
-  float* partial;      // workspace: two slots for each block, then two for each warp
+  float* partial;      // workspace: two slots for each block, then those of warps
   int* arrived;        // workspace: blocks that have written their part of a unit; zero between launches
   long long capacity;  // entries of a sequence's table
   long long q_stride[3];  // batch, heads, queries, in bytes
@@ -37,44 +42,23 @@ constexpr int TABLE_BYTES = 65536, TABLE_AT = 1024;  // where the table begins i
 constexpr float LOG2E = 1.4426950408889634f, NOTHING = -1e30f;
 
 // What a kernel is compiled for: D channels of a head; keys with fields per channel (scale, mean) or one scale per token; values
-// with a scale for each token and BLOCK slabs.
-template <int D_, bool PER_TOKEN_, int BLOCK_> struct Shape {
+// with a scale for each token and BLOCK slabs. Pages come by the bulk copies of Hopper, a page ahead, or slab by slab into
+// registers.
+template <int D_, bool PER_TOKEN_, int BLOCK_, bool BULK_> struct Shape {
   static constexpr int D = D_, SLABS = D / SLAB_CHANNELS, BLOCK = BLOCK_, BLOCKS = (SLABS + BLOCK - 1) / BLOCK;
-  static constexpr bool PER_TOKEN = PER_TOKEN_;
+  static constexpr bool PER_TOKEN = PER_TOKEN_, BULK = BULK_;
   static constexpr int CODES = 512 * SLABS;
   static constexpr int KEY_FIELDS = PER_TOKEN ? 2 * PAGE_TOKENS : 4 * D, VALUE_FIELDS = 2 * PAGE_TOKENS * BLOCKS;
-  static constexpr int STAGE = KEY_FIELDS + VALUE_FIELDS;  // a warp's room for a page's fields
-  static constexpr int MOST_WARPS = D > 128 || D == 96 ? 8 : 12;  // as in src/cuda/attend.rs: as many as registers allow
+  static constexpr int KEY_BYTES = (CODES + KEY_FIELDS + 127) / 128 * 128, VALUE_BYTES = (CODES + VALUE_FIELDS + 127) / 128 * 128;
+  // A warp's room: a page, or its fields; and queries, if there are not registers enough.
+  static constexpr bool QUERIES_SHARED = D > 128;
+  static constexpr int KEY_ROOM = BULK ? KEY_BYTES : KEY_FIELDS, QUERIES_AT = KEY_ROOM + (BULK ? VALUE_BYTES : VALUE_FIELDS);
+  static constexpr int STAGE = QUERIES_AT + (QUERIES_SHARED ? 256 * SLABS : 0);
+  static constexpr int FIELDS_AT = BULK ? CODES : 0;  // in each half of it
+  static constexpr int PARTS = BULK ? 1 : 2;          // of a warp that have room of their own; with a page's room, the last one goes there
+  static constexpr int MOST_WARPS = (BULK ? D > 128 || D == 96 : D >= 96 && !PER_TOKEN) ? 8 : 12;  // as in src/cuda/attend.rs: as many as registers allow
 };
 
-// ---- PTX
-
-DEVICE uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
-DEVICE void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-DEVICE uint32_t transposed(uint32_t x) {
-  uint32_t y;
-  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
-  return y;
-}
-DEVICE uint4 load_shared(uint32_t address) {
-  uint4 v;
-  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
-  return v;
-}
-DEVICE float exp2_of(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-// A number that the compiler does not know: what is rarely computed from it stays where it is, and takes no register elsewhere.
-DEVICE int opaque(int x) {
-  asm volatile("" : "+r"(x));
-  return x;
-}
 DEVICE float power_of_two(int e) { return __uint_as_float(uint32_t(e + 127) << 23); }  // -126 to 127
 DEVICE uint32_t bits(__half2 x) { return *(uint32_t*)&x; }
 DEVICE __half2 halves(uint32_t x) { return *(__half2*)&x; }
@@ -87,20 +71,15 @@ DEVICE float2 numbers(uint32_t word, int dtype) {
   return make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000));
 }
 
-// Memory that is read once, OFFSET bytes from an address that a lane keeps.
-template <int OFFSET> DEVICE void load_once(uint32_t (&r)[4], const uint8_t* from) {
-  asm volatile("ld.global.nc.L1::no_allocate.v4.b32 {%0,%1,%2,%3}, [%4 + %5];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "l"(from), "n"(OFFSET));
-}
 // BYTES of fields into shared memory, by a warp.
 template <int BYTES> DEVICE void copy_fields(uint32_t to, const uint8_t* from) {
   const int lane = threadIdx.x & 31;
 #pragma unroll
   for (int i = 0; i < BYTES; i += 512)
-    if (i + 512 <= BYTES || lane * 16 < BYTES - i)
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + i + lane * 16), "l"(from + i + lane * 16) : "memory");
+    if (i + 512 <= BYTES || lane * 16 < BYTES - i) copy_piece(to + i + lane * 16, from + i + lane * 16);
 }
 DEVICE void await_fields() {
-  asm volatile("cp.async.wait_all;" ::: "memory");
+  await_copies();
   __syncwarp();
 }
 

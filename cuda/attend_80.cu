@@ -4,4 +4,4 @@
 // expect: sm_90 HMMA.16816.F32 >= 45
 #include "attend_kernel.cuh"
 
-ATTEND(attend_channel_80, 80, false, 4)
+ATTEND(attend_channel_80, 80, false, 4, false)

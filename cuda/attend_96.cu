@@ -4,4 +4,4 @@
 // expect: sm_90 HMMA.16816.F32 >= 54
 #include "attend_kernel.cuh"
 
-ATTEND(attend_channel_96, 96, false, 4)
+ATTEND(attend_channel_96, 96, false, 4, false)

@@ -57,20 +57,27 @@ DEVICE void begin_walk(const AttendArguments& a, const int* prefix, int at, Walk
 // Shared memory.
 template <class S> struct Room {
   uint8_t *table, *stages;
+  uint64_t* barriers;  // two of each warp
   Part* parts;         // of warp w: 2 w, of a unit that began before; 2 w + 1, of its last one
   Facts* facts;
   int *last, *prefix;  // what is known of two units; where each sequence begins
-  float* numbers;      // of parts
+  float* numbers;      // of parts that have room of their own
   DEVICE Room(const AttendArguments& a, int warps) {
-    extern __shared__ __align__(1024) uint8_t dynamic[];
+    uint8_t* const dynamic = shared_memory();
     // Dynamic shared memory begins at or before TABLE_AT; the launch has room for the difference.
     table = dynamic + (TABLE_AT - shared_address(dynamic));
     stages = table + TABLE_BYTES;
-    parts = (Part*)(stages + warps * S::STAGE);
+    barriers = (uint64_t*)(stages + warps * S::STAGE);
+    parts = (Part*)(barriers + 2 * warps);
     facts = (Facts*)(parts + 2 * warps);
     last = (int*)(facts + warps), prefix = last + 6;
     numbers = a.parts_shared ? (float*)(stages + a.parts_shared)
-                             : a.partial + 2ll * gridDim.x * COLUMNS * (S::D + 2) + 2ll * blockIdx.x * warps * COLUMNS * S::D;
+                             : a.partial + 2ll * gridDim.x * COLUMNS * (S::D + 2) + (long long)S::PARTS * blockIdx.x * warps * COLUMNS * S::D;
+  }
+  // [column][channel] of a part.
+  DEVICE float* part(int p) const {
+    if (S::BULK) return p % 2 ? (float*)(stages + p / 2 * S::STAGE) : numbers + p / 2 * COLUMNS * S::D;
+    return numbers + p * COLUMNS * S::D;
   }
 };
 
@@ -108,7 +115,7 @@ template <class S> DEVICE void merge(const AttendArguments& a) {
 #pragma unroll 1
           for (unsigned rest = group; rest; rest &= rest - 1) {
             const int p = __ffs(rest) - 1;
-            sum.add(p, *(const float4*)(room.numbers + (p * COLUMNS + c) * S::D + min(e, S::D - 4)));
+            sum.add(p, *(const float4*)(room.part(p) + c * S::D + min(e, S::D - 4)));
           }
           if (whole && e < S::D) finish(a, u, c, e, S::D, sum);
           if (!whole && e < S::D) *(float4*)(block_parts + ((long long)slot * COLUMNS + c) * S::D + e) = sum.numbers();
@@ -179,11 +186,21 @@ template <class S> DEVICE void load_keys(const AttendArguments& a, Raw<S>& raw, 
   else load_page(raw, x.keys + (threadIdx.x & 31) * 16);
 }
 
+// A page's halves on their way into a warp's room: all of them, or the fields.
+template <class S> DEVICE void copy_keys(uint32_t to, const Item& x, uint32_t barrier) {
+  if constexpr (!S::BULK) copy_fields<S::KEY_FIELDS>(to, x.keys + S::CODES);
+  else if ((threadIdx.x & 31) == 0) bulk_copy(to, x.keys, S::KEY_BYTES, barrier);
+}
+template <class S> DEVICE void copy_values(const AttendArguments& a, uint32_t to, const Item& x, uint32_t barrier) {
+  if constexpr (!S::BULK) copy_fields<S::VALUE_FIELDS>(to, x.values(a) + S::CODES);
+  else if ((threadIdx.x & 31) == 0) bulk_copy(to, x.values(a), S::VALUE_BYTES, barrier);
+}
+
 // Asks for what this block will probably need, as if all sequences were equally long: the first trip to a page of memory is long.
 DEVICE void ask_ahead(const AttendArguments& a) {
   const unsigned unit = blockIdx.x * unsigned(a.batch * a.heads) / gridDim.x, b = unit / unsigned(a.heads), h = unit - b * a.heads;
-  if (threadIdx.x == 32) asm volatile("prefetch.global.L2 [%0];" ::"l"(a.table + b * a.capacity));
-  if (threadIdx.x == 64) asm volatile("prefetch.global.L2 [%0];" ::"l"(a.q + b * a.q_stride[0] + h * a.group * a.q_stride[1]));
+  if (threadIdx.x == 32) ask_for(a.table + b * a.capacity);
+  if (threadIdx.x == 64) ask_for(a.q + b * a.q_stride[0] + h * a.group * a.q_stride[1]);
 }
 
 template <class S> DEVICE void attend(const AttendArguments& a) {
@@ -195,7 +212,10 @@ template <class S> DEVICE void attend(const AttendArguments& a) {
   uint8_t* const table = room.table;
   Part* const parts = room.parts;
   int* const prefix = room.prefix;
-  const uint32_t key_fields = shared_address(room.stages + warp * S::STAGE), value_fields = key_fields + S::KEY_FIELDS;
+  const uint32_t keys = shared_address(room.stages + warp * S::STAGE), values = keys + S::KEY_ROOM;
+  const uint32_t barrier = shared_address(room.barriers + 2 * warp);  // of keys; the values' follows
+  if (S::BULK && lane == 0) begin_barrier(barrier), begin_barrier(barrier + 8), publish_barriers();
+  __syncwarp();
   if (lane < 2) parts[2 * warp + lane].unit.number = -1;
   const int places = a.heads * a.passes, items = scan_items(a, prefix, ahead) * places;
   const int blocks = min(int(gridDim.x), items);  // with fewer items than blocks, the last ones have nothing to do
@@ -208,15 +228,16 @@ template <class S> DEVICE void attend(const AttendArguments& a) {
   Walk walk;
   walk.facts = room.facts + warp;
   Queries<S> q;
+  q.shared = keys + S::QUERIES_AT + 8 * lane;
   Raw<S> raw;
   Item x;
   if (begin < end) {
-    if (lane == 0) walk.facts->begin = begin, walk.facts->to = room.numbers + 2 * warp * COLUMNS * S::D;
+    if (lane == 0) walk.facts->begin = begin, walk.facts->to[0] = room.part(2 * warp), walk.facts->to[1] = room.part(2 * warp + 1);
     begin_walk(a, prefix, begin, walk);
     q.fetch(a, walk.facts->unit.b, walk.facts->unit.h, walk.facts->unit.column);
     x = walk.current(a, begin, 2 * S::D);
-    load_keys(a, raw, x);
-    if (!x.exact()) copy_fields<S::KEY_FIELDS>(key_fields, x.keys + S::CODES), copy_fields<S::VALUE_FIELDS>(value_fields, x.values(a) + S::CODES);
+    if (!S::BULK) load_keys(a, raw, x);
+    if (!x.exact()) copy_keys<S>(keys, x, barrier), copy_values<S>(a, values, x, barrier + 8);
   }
   fill_table<S::D == 128 || S::D == 64 ? 4 : 1>(a, table);
   __syncthreads();
@@ -225,16 +246,21 @@ template <class S> DEVICE void attend(const AttendArguments& a) {
     q.prepare(a);
     state.clear();
     const uint32_t lane4 = lane * 4;
+    uint32_t phase = 0;  // of both barriers: that of the page in hand
 #pragma unroll 1
     for (int at = begin; at < end; at++) {
       const bool more = at + 1 < end;
       float score[4][4];
-      await_fields();
+      if (!S::BULK) await_fields();
       if (x.exact()) {
+        if (S::BULK) load_keys(a, raw, x);
         exact_scores(score[0], a, q, raw);
         load_exact(raw, Rows(x.values(a), opaque(a.heads) * 2 * S::D, x.tokens()));
+      } else if constexpr (S::BULK) {
+        await_barrier(barrier, phase);
+        page_scores(score, q, Staged{keys + lane * 16}, keys + S::FIELDS_AT, lane4);
       } else {
-        page_scores(score, q, raw, x.values(a) + lane * 16, key_fields, lane4);
+        page_scores(score, q, Streamed<S>{raw, x.values(a) + lane * 16}, keys + S::FIELDS_AT, lane4);
       }
       if (a.soft_cap > 0.f) {
         if (x.exact()) cap_scores((float(&)[1][4])score, a.soft_cap);
@@ -249,22 +275,29 @@ template <class S> DEVICE void attend(const AttendArguments& a) {
       if (more) y = walk.current(a, at + 1, 2 * S::D);
       const bool page = more && !y.exact();
       __syncwarp();
-      if (page) copy_fields<S::KEY_FIELDS>(key_fields, y.keys + S::CODES);
+      if (page) copy_keys<S>(keys, y, barrier);
       if (x.exact()) {
         uint32_t weight[2];
         weigh<S, 1>(weight, (float(&)[1][4])score, state);
         add_exact(state, a, weight, raw);
-        if (page) copy_fields<S::VALUE_FIELDS>(value_fields, y.values(a) + S::CODES);
-        if (more) load_keys(a, raw, y);
+        if (page) copy_values<S>(a, values, y, barrier + 8);
+        if (!S::BULK && more) load_keys(a, raw, y);
       } else {
         uint32_t weight[8];
         weigh<S, 4>(weight, score, state);
         Scales<S> scale;
-        scale.load(value_fields, x.tokens());
-        __syncwarp();
-        if (page) copy_fields<S::VALUE_FIELDS>(value_fields, y.values(a) + S::CODES);
-        add_page(state, weight, raw, scale, page ? y.keys + lane * 16 : nullptr, lane4);
-        if (more && !page) load_keys(a, raw, y);
+        if (S::BULK) await_barrier(barrier + 8, phase), phase ^= 1;
+        scale.load(values + S::FIELDS_AT, x.tokens());
+        if constexpr (S::BULK) {
+          add_page(state, weight, Staged{values + lane * 16}, scale, lane4);
+          __syncwarp();
+          if (page) copy_values<S>(a, values, y, barrier + 8);
+        } else {
+          __syncwarp();
+          if (page) copy_values<S>(a, values, y, barrier + 8);
+          add_page(state, weight, Streamed<S>{raw, page ? y.keys + lane * 16 : nullptr}, scale, lane4);
+        }
+        if (!S::BULK && more && !page) load_keys(a, raw, y);
       }
       x = y;
       if (!done && more) continue;
@@ -280,7 +313,7 @@ template <class S> DEVICE void attend(const AttendArguments& a) {
       } else {
         // A share has at most one unit that began before it and goes on to another one, and one that goes on after it.
         Part* const part = parts + 2 * warp + (more ? 0 : 1);
-        store_part(state, walk.facts->to + (more ? 0 : COLUMNS * S::D));
+        store_part(state, walk.facts->to[more ? 0 : 1]);
         if (lane < 4) {
           part->column[2 * lane] = make_float2(state.most[0], state.sum[0]);
           part->column[2 * lane + 1] = make_float2(state.most[1], state.sum[1]);
@@ -299,8 +332,8 @@ template <class S> DEVICE void attend(const AttendArguments& a) {
 
 }  // namespace nqkv
 
-#define ATTEND(NAME, D, PER_TOKEN, BLOCK)                                                                                       \
-  extern "C" __global__ void __launch_bounds__(32 * nqkv::Shape<D, PER_TOKEN, BLOCK>::MOST_WARPS, 1)                              \
+#define ATTEND(NAME, D, PER_TOKEN, BLOCK, BULK)                                                                                  \
+  extern "C" __global__ void __launch_bounds__(32 * nqkv::Shape<D, PER_TOKEN, BLOCK, BULK>::MOST_WARPS, 1)                        \
       NAME(const __grid_constant__ AttendArguments a) {                                                                          \
-    nqkv::attend<nqkv::Shape<D, PER_TOKEN, BLOCK>>(a);                                                                            \
+    nqkv::attend<nqkv::Shape<D, PER_TOKEN, BLOCK, BULK>>(a);                                                                      \
   }

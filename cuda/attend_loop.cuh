@@ -83,10 +83,9 @@ struct Facts {
   int first, packed, low;     // first item; positions only if they matter
   int known, known_position;  // the start of a page, where pages may be partial
   int begin;                  // the warp's first item
-  float* to;       // where its two parts go
+  float* to[2];    // where its parts go: of a unit that began before, of its last unit
   Unit unit, was;   // this one and the one before
   int position[2];  // of the first token of an item: of even ones, of odd ones
-  int unused[2];
 };
 
 struct Walk {

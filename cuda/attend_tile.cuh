@@ -11,9 +11,7 @@ namespace nqkv {
 // Byte of codes -> half2: row `byte` has 256 bytes, keys' copy for each lane in the first 128, values' in the others. One prmt
 // makes the address, byte BYTE of a word above the lane's offset; the table's own address is part of the instruction.
 template <int BYTE, int SIDE> DEVICE uint32_t decoded(uint32_t word, uint32_t lane4) {
-  uint32_t d;
-  asm("ld.shared.b32 %0, [%1 + %2];" : "=r"(d) : "r"(__byte_perm(word, lane4, 0x5504 | BYTE << 4)), "n"(TABLE_AT + 128 * SIDE));
-  return d;
+  return load_word<TABLE_AT + 128 * SIDE>(__byte_perm(word, lane4, 0x5504 | BYTE << 4));
 }
 
 template <int SIDE> DEVICE void multiply_codes(float (&c)[4], uint32_t word, uint32_t lane4, uint32_t b0, uint32_t b1) {
@@ -53,9 +51,14 @@ template <class S> struct State {
 // 2. Where a page has larger ones, the column comes down to [0.5, 1) and stays there.
 constexpr int LIFT = 14;
 template <class S> struct Queries {
-  uint32_t b[S::SLABS][2];
+  uint32_t b[S::SLABS][2];  // on their way to shared memory, if they are kept there
+  uint32_t shared;          // this lane's place there
   float factor[2];  // of the scores of this lane's two columns, log2(e) included
   bool lifted;
+  DEVICE uint2 slab(int j) const {
+    if constexpr (S::QUERIES_SHARED) return load_pair(shared + 256 * j);
+    else return make_uint2(b[j][0], b[j][1]);
+  }
   // Begins to load column `first` and those after it, of head h; `prepare` ends it.
   DEVICE void fetch(const AttendArguments& a, int sequence, int h, int first) {
     const int lane = threadIdx.x & 31, g = lane / 4, t = lane % 4, c = first + g, group = opaque(a.group);
@@ -86,6 +89,10 @@ template <class S> struct Queries {
       const float2 x = numbers(b[j / 2][j % 2], a.q_dtype);
       b[j / 2][j % 2] = pair_of(x.x * down * power_of_two(lift), x.y * down * power_of_two(lift));
     }
+    if constexpr (S::QUERIES_SHARED) {
+#pragma unroll
+      for (int j = 0; j < S::SLABS; j++) store_pair(shared + 256 * j, make_uint2(b[j][0], b[j][1]));
+    }
     lifted = !S::PER_TOKEN;
     const float whole = power_of_two(e) * a.scale * (LOG2E * power_of_two(-lift));
     factor[0] = __shfl_sync(~0u, whole, 8 * t), factor[1] = __shfl_sync(~0u, whole, 8 * t + 4);
@@ -93,7 +100,12 @@ template <class S> struct Queries {
   DEVICE void lower() {
     const uint32_t down = bits(__float2half2_rn(power_of_two(-LIFT)));
 #pragma unroll
-    for (int j = 0; j < S::SLABS; j++) b[j][0] = product(b[j][0], down), b[j][1] = product(b[j][1], down);
+    for (int j = 0; j < S::SLABS; j++) {
+      const uint2 x = slab(j);
+      const uint2 y = make_uint2(product(x.x, down), product(x.y, down));
+      if constexpr (S::QUERIES_SHARED) store_pair(shared + 256 * j, y);
+      else b[j][0] = y.x, b[j][1] = y.y;
+    }
     factor[0] *= power_of_two(LIFT), factor[1] *= power_of_two(LIFT), lifted = false;
   }
 };
@@ -133,18 +145,42 @@ template <class S> DEVICE void load_page(Raw<S>& raw, const uint8_t* codes) {
   unrolled<S::SLABS>([&](auto j) { raw.template page<decltype(j)::value>(codes); });
 }
 
-// Dot products with a page's 64 tokens: [tile of 16][token g, columns; token g + 8, columns]. `values`: this lane's codes of the
-// page's values, which take the keys' place. `fields` are in shared memory.
-template <class S> DEVICE void page_scores(float (&score)[4][4], Queries<S>& q, Raw<S>& raw, const uint8_t* values, uint32_t fields, uint32_t lane4) {
+// Codes of a page's half in shared memory.
+struct Staged {
+  uint32_t at;  // this lane's 16 bytes of slab 0
+  template <int J> DEVICE void get(uint32_t (&w)[4]) const {
+    const uint4 x = load_shared(at + 512 * J);
+    w[0] = x.x, w[1] = x.y, w[2] = x.z, w[3] = x.w;
+  }
+  template <int J> DEVICE void used() const {}
+};
+// Codes in registers; as a slab is used, one of what comes next takes its place.
+template <class S> struct Streamed {
+  Raw<S>& raw;
+  const uint8_t* next;  // this lane's 16 bytes of slab 0, or null
+  template <int J> DEVICE void get(uint32_t (&w)[4]) const {
+#pragma unroll
+    for (int x = 0; x < 4; x++) w[x] = raw.slab[J][x];
+  }
+  template <int J> DEVICE void used() const {
+    if (next) raw.template page<J>(next);
+  }
+};
+
+// Dot products with a page's 64 tokens: [tile of 16][token g, columns; token g + 8, columns]. `fields` are in shared memory.
+template <class S, class C> DEVICE void page_scores(float (&score)[4][4], Queries<S>& q, const C& codes, uint32_t fields, uint32_t lane4) {
   const int lane = threadIdx.x & 31, g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int x = 0; x < 4; x++) score[x][0] = score[x][1] = score[x][2] = score[x][3] = 0.f;
   if constexpr (S::PER_TOKEN) {
     unrolled<S::SLABS>([&](auto index) {
       constexpr int j = decltype(index)::value;
+      const uint2 b = q.slab(j);
+      uint32_t w[4];
+      codes.template get<j>(w);
 #pragma unroll
-      for (int x = 0; x < 4; x++) multiply_codes<0>(score[x], raw.slab[j][x], lane4, q.b[j][0], q.b[j][1]);
-      raw.template page<j>(values);
+      for (int x = 0; x < 4; x++) multiply_codes<0>(score[x], w[x], lane4, b.x, b.y);
+      codes.template used<j>();
     });
     const uint4 s = load_shared(fields + g * 16);  // tokens g and g + 8 of each tile
 #pragma unroll
@@ -166,12 +202,15 @@ template <class S> DEVICE void page_scores(float (&score)[4][4], Queries<S>& q, 
     float common[4] = {0.f, 0.f, 0.f, 0.f};  // every row is the means' dot product
     unrolled<S::SLABS>([&](auto index) {
       constexpr int j = decltype(index)::value;
+      uint32_t w[4];
+      codes.template get<j>(w);
       const uint4 f = load_shared(fields + j * 64 + t * 16);
-      mma(common, f.z, f.z, f.w, f.w, q.b[j][0], q.b[j][1]);
-      const uint32_t b0 = product(q.b[j][0], f.x), b1 = product(q.b[j][1], f.y);
+      const uint2 b = q.slab(j);
+      mma(common, f.z, f.z, f.w, f.w, b.x, b.y);
+      const uint32_t b0 = product(b.x, f.x), b1 = product(b.y, f.y);
 #pragma unroll
-      for (int x = 0; x < 4; x++) multiply_codes<0>(score[x], raw.slab[j][x], lane4, b0, b1);
-      raw.template page<j>(values);
+      for (int x = 0; x < 4; x++) multiply_codes<0>(score[x], w[x], lane4, b0, b1);
+      codes.template used<j>();
     });
     const float c0 = common[0] * q.factor[0], c1 = common[1] * q.factor[1];
 #pragma unroll
@@ -217,7 +256,8 @@ template <class S> DEVICE void exact_scores(float (&score)[4], const AttendArgum
       const float2 x = numbers(raw.slab[j][i], a.exact);
       k[i] = pair_of(x.x * down, x.y * down);
     }
-    mma(score, k[0], k[1], k[2], k[3], q.b[j][0], q.b[j][1]);
+    const uint2 b = q.slab(j);
+    mma(score, k[0], k[1], k[2], k[3], b.x, b.y);
   }
   score[0] *= q.factor[0] * up, score[1] *= q.factor[1] * up, score[2] *= q.factor[0] * up, score[3] *= q.factor[1] * up;
 }
@@ -272,8 +312,8 @@ template <class S> struct Scales {
   }
 };
 
-// Adds a page's values. `next`: this lane's codes of the next page's keys, which take the values' place, or null.
-template <class S> DEVICE void add_page(State<S>& state, const uint32_t (&weight)[8], Raw<S>& raw, Scales<S>& scale, const uint8_t* next, uint32_t lane4) {
+// Adds a page's values.
+template <class S, class C> DEVICE void add_page(State<S>& state, const uint32_t (&weight)[8], const C& codes, Scales<S>& scale, uint32_t lane4) {
   constexpr int BLOCKS = S::BLOCKS;
   __half2 top = __habs2(halves(scale.word[0]));
 #pragma unroll
@@ -292,9 +332,11 @@ template <class S> DEVICE void add_page(State<S>& state, const uint32_t (&weight
         b[x] = transposed(product(weight[x], __byte_perm(scale.word[i / 2], 0, i % 2 ? 0x3232 : 0x1010)));
       }
     }
+    uint32_t w[4];
+    codes.template get<j>(w);
 #pragma unroll
-    for (int x = 0; x < 4; x++) multiply_codes<1>(state.out[j], raw.slab[j][x], lane4, b[2 * x], b[2 * x + 1]);
-    if (next) raw.template page<j>(next);
+    for (int x = 0; x < 4; x++) multiply_codes<1>(state.out[j], w[x], lane4, b[2 * x], b[2 * x + 1]);
+    codes.template used<j>();
   });
 }
 

@@ -6,6 +6,7 @@ use. A source says what it needs in its first lines::
     // target: compute_80          the architecture of the PTX (newer devices run it, too)
     // isa: 8.0                    the lowest PTX version that has its instructions
     // expect: sm_90 HMMA >= 8     what the machine code of an architecture must hold (any number)
+    // devices: sm_90              the architectures that run it, if not all from the target on
 
 PTX is relabelled to that version, because a driver refuses text that is newer than itself, whatever
 the instructions are. ``--check`` compiles again and compares byte for byte; assembles with the
@@ -32,7 +33,7 @@ ASSEMBLERS = {
     "nvidia-cuda-nvcc-cu12==12.8.93": ("sm_100", "sm_120"),
 }
 STRICT = ["-Werror", "--warn-on-spills", "--warn-on-local-memory-usage"]
-HEADER = re.compile(r"^// (target|isa|expect): *(.+)$", re.MULTILINE)
+HEADER = re.compile(r"^// (target|isa|expect|devices): *(.+)$", re.MULTILINE)
 
 
 def tools() -> Path:
@@ -68,7 +69,7 @@ def run(*command: str | Path) -> str:
 
 def words(source: Path) -> dict[str, list[str]]:
     """What a source says of itself."""
-    found: dict[str, list[str]] = {"target": [], "isa": [], "expect": []}
+    found: dict[str, list[str]] = {"target": [], "isa": [], "expect": [], "devices": []}
     for key, value in HEADER.findall(source.read_text()):
         found[key].append(value.strip())
     if len(found["target"]) != 1 or len(found["isa"]) != 1:
@@ -114,8 +115,11 @@ def assemble(ptx: Path, wheel: str, arch: str) -> str:
 
 def assemblers(source: Path) -> list[tuple[str, str]]:
     """Wheels and architectures that take a source's PTX."""
-    least = int(words(source)["target"][0].removeprefix("compute_"))
+    said = words(source)
+    least = int(said["target"][0].removeprefix("compute_"))
     pairs = [(wheel, arch) for wheel, archs in ASSEMBLERS.items() for arch in archs]
+    if said["devices"]:
+        return [(wheel, arch) for wheel, arch in pairs if arch in said["devices"]]
     return [(wheel, arch) for wheel, arch in pairs if int(arch.removeprefix("sm_")) >= least]
 
 

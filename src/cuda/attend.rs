@@ -71,6 +71,7 @@ pub struct Workspace(pub usize);
 pub(super) struct Plan {
     keys: Keys,
     dim: usize,
+    bulk: bool,
     warps: usize,
     blocks: usize,
     shared: usize,
@@ -118,7 +119,7 @@ struct AttendArguments {
 const _: () = assert!(size_of::<AttendArguments>() == 272);
 
 /// Which kernel reads pages of this codec, or why none does.
-fn keys_of(codec: &PageCodec) -> std::result::Result<Keys, String> {
+fn keys_of(codec: &PageCodec, bulk: bool) -> std::result::Result<Keys, String> {
     let (key, value) = (&codec.key, &codec.value);
     let dim = key.layout.dim;
     if dim != value.layout.dim {
@@ -151,7 +152,7 @@ fn keys_of(codec: &PageCodec) -> std::result::Result<Keys, String> {
         let expected = if keys == Keys::Channel { "in blocks of 64 channels" } else { "with one scale per token and head" };
         return Err(format!("values {expected}"));
     }
-    let dims = kernels::dims(keys);
+    let dims = kernels::dims(keys, bulk);
     if !dims.contains(&dim) {
         return Err(format!("a head size of {dims:?}, got {dim}"));
     }
@@ -159,16 +160,21 @@ fn keys_of(codec: &PageCodec) -> std::result::Result<Keys, String> {
 }
 
 /// Warps of a block that registers allow, as in `cuda/attend.cuh`.
-fn most_warps(dim: usize) -> usize {
-    match dim {
-        96 | 129.. => 8,
-        _ => 12,
-    }
+fn most_warps(keys: Keys, dim: usize, bulk: bool) -> usize {
+    let few = if bulk { dim > 128 || dim == 96 } else { dim >= 96 && keys == Keys::Channel };
+    if few { 8 } else { 12 }
 }
 
-/// Bytes of a page's fields: a warp's room in shared memory.
-fn field_bytes(codec: &PageCodec) -> usize {
-    codec.key.layout.field_bytes + codec.value.layout.field_bytes
+/// Parts of a warp that have room of their own: where there is room for a page, one part takes it.
+fn parts_of_warp(bulk: bool) -> usize {
+    if bulk { 1 } else { 2 }
+}
+
+/// A warp's room in shared memory: a page or its fields, and queries of large heads.
+fn stage_bytes(codec: &PageCodec, bulk: bool) -> usize {
+    let (key, value) = (&codec.key.layout, &codec.value.layout);
+    let page = if bulk { key.bytes + value.bytes } else { key.field_bytes + value.field_bytes };
+    page + if key.dim > 128 { 16 * key.dim } else { 0 }
 }
 
 impl Plan {
@@ -180,12 +186,13 @@ impl Plan {
         batch: usize,
         columns: usize,
     ) -> std::result::Result<Self, String> {
-        let keys = keys_of(codec)?;
-        Self::configure(keys, codec, exact, (device.processors(), device.shared_limit()), batch, columns)
+        let bulk = device.capability().0 == 9;
+        let keys = keys_of(codec, bulk)?;
+        Self::configure((keys, bulk), codec, exact, (device.processors(), device.shared_limit()), batch, columns)
     }
 
     fn configure(
-        keys: Keys,
+        (keys, bulk): (Keys, bool),
         codec: &PageCodec,
         exact: Dtype,
         (processors, shared_limit): (usize, usize),
@@ -206,26 +213,26 @@ impl Plan {
         if batch * codec.heads * passes > MOST_UNITS {
             return Err(format!("at most {MOST_UNITS} sequences times heads, got {}", batch * codec.heads * passes));
         }
-        // Of a warp: a page's fields, two parts of a merge, what it knows of its sequence. Then what is known of two units, and
-        // where each sequence begins.
-        let of_warp = field_bytes(codec) + 2 * 96 + 128;
+        // Of a warp: its room, two barriers, two parts of a merge, what it knows of its sequence. Then what is known of two units,
+        // and where each sequence begins.
+        let of_warp = stage_bytes(codec, bulk) + 16 + 2 * 96 + 128;
         let sequences = 24 + 4 * (batch + 1);
         let fixed = TABLE.iter().sum::<usize>() + sequences.next_multiple_of(16);
-        let most = most_warps(dim);
+        let most = most_warps(keys, dim, bulk);
         let warps = (shared_limit.saturating_sub(fixed) / of_warp).min(most);
         if warps == 0 {
             return Err(format!("{} bytes of shared memory, got {shared_limit}", fixed + of_warp));
         }
-        let (parts, end) = (2 * warps * COLUMNS * dim * 4, fixed + warps * of_warp);
+        let (parts, end) = (parts_of_warp(bulk) * warps * COLUMNS * dim * 4, fixed + warps * of_warp);
         let fits = end + parts <= shared_limit;
         let parts_shared = if fits { end - TABLE.iter().sum::<usize>() } else { 0 };
         let shared = if fits { end + parts } else { end };
-        Ok(Self { keys, dim, warps, blocks: processors, shared, passes, parts_shared })
+        Ok(Self { keys, dim, bulk, warps, blocks: processors, shared, passes, parts_shared })
     }
 
     /// Bytes of workspace.
     pub(super) fn workspace(&self) -> Workspace {
-        let of_warps = if self.parts_shared > 0 { 0 } else { 2 * self.warps * COLUMNS * self.dim };
+        let of_warps = if self.parts_shared > 0 { 0 } else { parts_of_warp(self.bulk) * self.warps * COLUMNS * self.dim };
         Workspace(ARRIVED_BYTES + 4 * self.blocks * (2 * COLUMNS * (self.dim + 2) + of_warps))
     }
 }
@@ -281,7 +288,7 @@ impl Pages<'_> {
             soft_cap: call.soft_cap.unwrap_or(0.0),
             level: [levels(&self.codec.key), levels(&self.codec.value)],
         };
-        let function = kernels::function(self.device, plan.keys, plan.dim, self.device.shared_limit())?;
+        let function = kernels::function(self.device, plan.keys, plan.dim, plan.bulk, self.device.shared_limit())?;
         self.device.bind()?;
         let handle = std::ptr::with_exposed_provenance_mut(stream.0);
         let (grid, threads) = ((plan.blocks as u32, 1, 1), (32 * plan.warps as u32, 1, 1));
@@ -320,23 +327,30 @@ mod tests {
     #[test]
     fn one_configuration_fits_small_shared_memory() {
         for dim in [64, 80, 96, 128, 256] {
-            // Compute capability 8.6, 8.9 and 12.0: 99 KiB for a block.
             let codec = codec("nqkv4", 8, dim);
-            let plan = Plan::configure(Keys::Channel, &codec, Dtype::Bf16, (84, 99 << 10), 128, 4).unwrap();
-            assert!(plan.shared <= 99 << 10 && plan.warps >= 8 && plan.parts_shared == 0, "{plan:?}");
-            let plan = Plan::configure(Keys::Channel, &codec, Dtype::Bf16, (132, 227 << 10), 128, 4).unwrap();
-            assert!(plan.shared <= 227 << 10 && plan.warps >= 8 && plan.parts_shared > 0, "{plan:?}");
+            let plan = |bulk, device| Plan::configure((Keys::Channel, bulk), &codec, Dtype::Bf16, device, 128, 4).unwrap();
+            // Compute capability 8.6, 8.9 and 12.0: 99 KiB for a block.
+            let small = plan(false, (84, 99 << 10));
+            assert!(small.shared <= 99 << 10 && small.warps >= 5 && small.parts_shared == 0, "{small:?}");
+            let hopper = plan(true, (132, 227 << 10));
+            assert!(
+                hopper.shared <= 227 << 10
+                    && hopper.warps == most_warps(Keys::Channel, dim, true).min(if dim > 128 { 7 } else { 12 }),
+                "{hopper:?}"
+            );
+            assert_eq!(hopper.parts_shared > 0, dim <= 128, "{hopper:?}");
         }
     }
 
     #[test]
     fn what_no_kernel_takes_is_named() {
-        assert_eq!(keys_of(&codec("nqkv4", 8, 128)), Ok(Keys::Channel));
-        assert_eq!(keys_of(&codec("nqkv4-signed", 2, 96)), Ok(Keys::Channel));
-        assert_eq!(keys_of(&codec("nqkv", 8, 128)), Ok(Keys::Token));
-        assert!(keys_of(&codec("kivi2", 8, 128)).unwrap_err().contains("4-bit"));
-        assert!(keys_of(&codec("kivi4", 8, 128)).unwrap_err().contains("no zero point"));
-        assert!(keys_of(&codec("nqkv", 8, 96)).unwrap_err().contains("one scale per token"));
-        assert!(keys_of(&codec("nqkv4", 8, 112)).unwrap_err().contains("got 112"));
+        assert_eq!(keys_of(&codec("nqkv4", 8, 128), false), Ok(Keys::Channel));
+        assert_eq!(keys_of(&codec("nqkv4-signed", 2, 96), true), Ok(Keys::Channel));
+        assert_eq!(keys_of(&codec("nqkv", 8, 128), true), Ok(Keys::Token));
+        assert!(keys_of(&codec("kivi2", 8, 128), true).unwrap_err().contains("4-bit"));
+        assert!(keys_of(&codec("kivi4", 8, 128), true).unwrap_err().contains("no zero point"));
+        assert!(keys_of(&codec("nqkv", 8, 96), true).unwrap_err().contains("one scale per token"));
+        assert!(keys_of(&codec("nqkv4", 8, 112), true).unwrap_err().contains("got 112"));
+        assert!(keys_of(&codec("nqkv4", 8, 256), false).unwrap_err().contains("got 256"));
     }
 }

@@ -17,31 +17,41 @@ pub(super) enum Keys {
     Token,
 }
 
-/// One PTX: a head size.
+/// One PTX: a head size, for devices that copy pages in bulk (compute capability 9.0) or for all others.
 struct Source {
     dim: usize,
+    bulk: bool,
     ptx: &'static str,
     keys: &'static [Keys],
 }
 
 macro_rules! sources {
-    ($($dim:literal $keys:expr),+ $(,)?) => {
-        const SOURCES: &[Source] =
-            &[$(Source { dim: $dim, ptx: include_str!(concat!("../../../cuda/ptx/attend_", $dim, ".ptx")), keys: $keys },)+];
+    ($($file:literal: $dim:literal $bulk:literal $keys:expr),+ $(,)?) => {
+        const SOURCES: &[Source] = &[$(Source {
+            dim: $dim,
+            bulk: $bulk,
+            ptx: include_str!(concat!("../../../cuda/ptx/", $file, ".ptx")),
+            keys: $keys,
+        }),+];
     };
 }
 
+const BOTH: &[Keys] = &[Keys::Channel, Keys::Token];
 sources! {
-    64 &[Keys::Channel, Keys::Token],
-    80 &[Keys::Channel],
-    96 &[Keys::Channel],
-    128 &[Keys::Channel, Keys::Token],
-    256 &[Keys::Channel, Keys::Token],
+    "attend_64": 64 false BOTH,
+    "attend_64_sm90": 64 true BOTH,
+    "attend_80": 80 false &[Keys::Channel],
+    "attend_80_sm90": 80 true &[Keys::Channel],
+    "attend_96": 96 false &[Keys::Channel],
+    "attend_96_sm90": 96 true &[Keys::Channel],
+    "attend_128": 128 false BOTH,
+    "attend_128_sm90": 128 true BOTH,
+    "attend_256_sm90": 256 true BOTH,
 }
 
 /// Head sizes that there are kernels for.
-pub(super) fn dims(keys: Keys) -> Vec<usize> {
-    SOURCES.iter().filter(|s| s.keys.contains(&keys)).map(|s| s.dim).collect()
+pub(super) fn dims(keys: Keys, bulk: bool) -> Vec<usize> {
+    SOURCES.iter().filter(|s| s.bulk == bulk && s.keys.contains(&keys)).map(|s| s.dim).collect()
 }
 
 /// A kernel as the driver knows it.
@@ -51,7 +61,7 @@ pub(super) struct Function(pub(super) sys::CUfunction);
 unsafe impl Send for Function {}
 
 /// Loaded ones, by device and kernel.
-type Loaded = Vec<((usize, usize, Keys), Function)>;
+type Loaded = Vec<((usize, usize, Keys, bool), Function)>;
 static LOADED: Mutex<Loaded> = Mutex::new(Vec::new());
 
 fn name(keys: Keys, dim: usize) -> String {
@@ -59,14 +69,14 @@ fn name(keys: Keys, dim: usize) -> String {
 }
 
 /// The kernel, loaded if it was not; `shared` is the most dynamic shared memory that a launch asks for.
-pub(super) fn function(device: &Device, keys: Keys, dim: usize, shared: usize) -> Result<Function> {
-    let key = (device.ordinal(), dim, keys);
+pub(super) fn function(device: &Device, keys: Keys, dim: usize, bulk: bool, shared: usize) -> Result<Function> {
+    let key = (device.ordinal(), dim, keys, bulk);
     let mut loaded = LOADED.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     if let Some((_, found)) = loaded.iter().find(|(k, _)| *k == key) {
         return Ok(*found);
     }
     device.bind()?;
-    let source = SOURCES.iter().find(|s| s.dim == dim).expect("a head size of the table");
+    let source = SOURCES.iter().find(|s| s.dim == dim && s.bulk == bulk).expect("a head size of the table");
     let image = CString::new(source.ptx).expect("PTX has no NUL");
     // SAFETY: NUL-terminated PTX.
     let module = unsafe { result::module::load_data(image.as_ptr().cast()) }.map_err(error("loading attention"))?;
@@ -78,7 +88,7 @@ pub(super) fn function(device: &Device, keys: Keys, dim: usize, shared: usize) -
         // SAFETY: a loaded function.
         unsafe { result::function::set_function_attribute(function, limit, shared as i32) }
             .map_err(error("shared memory of attention"))?;
-        loaded.push(((device.ordinal(), dim, keys), Function(function)));
+        loaded.push(((device.ordinal(), dim, keys, bulk), Function(function)));
     }
     let found = loaded.iter().find(|(k, _)| *k == key).expect("a kernel of the table");
     Ok(found.1)
@@ -91,7 +101,8 @@ mod tests {
     #[test]
     fn every_kernel_is_in_its_ptx() {
         for source in SOURCES {
-            assert!(source.ptx.contains(".version 8.0") && source.ptx.contains(".target sm_80\n"), "{}", source.dim);
+            let target = if source.bulk { ".target sm_90\n" } else { ".target sm_80\n" };
+            assert!(source.ptx.contains(".version 8.0") && source.ptx.contains(target), "{}", source.dim);
             for &keys in source.keys {
                 assert!(source.ptx.contains(&format!(".entry {}(", name(keys, source.dim))), "{}", source.dim);
             }
