@@ -25,10 +25,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from nqkv_rs import Scheme
+from nqkv_rs import Scheme, _attend
 from nqkv_rs.cuda_cache import CudaLayerCache
 
 FLUSH = 256 << 20
+_attend.ENABLED = True
 
 
 class Shape(NamedTuple):

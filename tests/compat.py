@@ -20,7 +20,7 @@ import venv
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-RELEASES = ("5.5.0", "5.16.1", "5.23.0")
+RELEASES = ("5.5.0", "5.16.1", "5.24.0")
 """The oldest one supported, the one that renamed half of the cache's methods, the newest one."""
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -17,6 +17,7 @@ from transformers.models.t5 import T5Config
 
 import nqkv_rs
 from nqkv_rs import NqkvCache, disable, enable
+from nqkv_rs.integrations.naming import cache_keyword
 
 
 def run(model: Any, **options: Any) -> Any:
@@ -45,8 +46,9 @@ def test_enabled_models_use_a_fresh_cache_each_time() -> None:
 
 def test_what_a_call_brings_wins() -> None:
     model = enable(tiny.model("llama"), SHORT)
-    mine = DynamicCache(config=model.config)
-    assert run(model, past_key_values=mine)[1] is mine
+    for word in {"past_key_values", cache_keyword()}:
+        mine = DynamicCache(config=model.config)
+        assert run(model, **{word: mine})[1] is mine
     assert run(model, use_cache=False)[1] is None
     assert type(run(model, cache_implementation="static")[1]).__name__ == "StaticCache"
     theirs = GenerationConfig(cache_implementation="static", max_new_tokens=5, pad_token_id=0)
@@ -85,7 +87,7 @@ def test_an_earlier_wrapper_stays() -> None:
     run(model)
     disable(model)
     assert model.generate is counted
-    assert [type(c["past_key_values"]) for c in calls] == [NqkvCache]
+    assert [type(c[cache_keyword()]) for c in calls] == [NqkvCache]
 
 
 def test_a_copy_of_an_enabled_model_stands_alone() -> None:

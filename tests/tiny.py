@@ -18,6 +18,7 @@ from transformers.models.qwen2 import Qwen2Config
 from transformers.models.qwen3 import Qwen3Config
 
 from nqkv_rs import LayerCache, Scheme
+from nqkv_rs.integrations.naming import cache_keyword
 
 # A short window and one sink, so that short texts reach pages.
 SHORT = Scheme.of("nqkv4", residual_length=8, sink_tokens=1)
@@ -164,4 +165,4 @@ def tokens(made: Any, cache: Any, inputs: dict[str, torch.Tensor], **options: An
     """
     # The padding's id would be taken for padding where a mask is derived from ids.
     given = {"max_new_tokens": 40, "suppress_tokens": [0], **options}
-    return made.generate(**inputs, past_key_values=cache, **given)
+    return made.generate(**inputs, **{cache_keyword(): cache}, **given)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,11 @@ from nqkv_rs import _core
 if TYPE_CHECKING:
     from nqkv_rs.cuda_cache import CudaLayerCache
 
-__all__ = ["attend", "make_ready", "refusal", "slow"]
+__all__ = ["ENABLED", "attend", "make_ready", "refusal", "slow"]
+
+# Off until this version of the kernels has been tested on a device: NQKV_CUDA_ATTEND=1 is for those
+# who do that. What is off is not a slow path that anybody is warned about.
+ENABLED = os.environ.get("NQKV_CUDA_ATTEND") == "1"
 
 # By device and stream: launches on one stream follow each other. Graphs have one of their own for
 # each device; what a graph was captured with is kept for ever.
@@ -49,7 +54,7 @@ def make_ready(cache: CudaLayerCache) -> None:
     Args:
         cache: whose attention a graph may hold.
     """
-    size, _ = _core.cuda_attend_workspace(cache.core, 1)
+    size, _ = _core.cuda_attend_workspace(cache.core, 1) if ENABLED else (None, "")
     if size is not None:
         _reserve(size, cache.device)
 

@@ -39,8 +39,8 @@ class CudaLayerCache:
     """:class:`nqkv_rs.LayerCache` on a CUDA device, for PyTorch tensors.
 
     Pages are byte for byte those of the CPU. Nothing waits for the device: a NaN or infinity that
-    is appended is not refused here. Attention of a step is one launch; what that does not take is
-    dequantized, a bounded number of tokens at a time.
+    is appended is not refused here. Attention dequantizes a bounded number of tokens at a time; in
+    one launch, with NQKV_CUDA_ATTEND=1 in the environment: see docs/limits.md.
 
     Args:
         scheme: as for :class:`nqkv_rs.LayerCache`.
@@ -223,11 +223,12 @@ class CudaLayerCache:
         lengths = [self.core.tokens(b) for b in range(batch)]
         if min(lengths, default=0) < queries:
             raise ValueError(f"q: expected at most {min(lengths)} queries, got {queries}")
-        reason = _attend.refusal(self, q, out, fresh)
-        if reason is None:
-            _attend.attend(self, q, out, scale, starts, window, soft_cap, lse)
-            return self._count(lengths, queries, starts, window)
-        _attend.slow(reason, q, self.strict)
+        if _attend.ENABLED:
+            reason = _attend.refusal(self, q, out, fresh)
+            if reason is None:
+                _attend.attend(self, q, out, scale, starts, window, soft_cap, lse)
+                return self._count(lengths, queries, starts, window)
+            _attend.slow(reason, q, self.strict)
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         ends = torch.tensor(lengths, device=self.device)
         position = ends[:, None] - queries + torch.arange(queries, device=self.device)

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from . import models
 from ._extras import require
+from .integrations.naming import cache_keyword
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -223,7 +224,7 @@ class _Bench:
         started = time.perf_counter()
         out = self.model.generate(
             **prompt,
-            past_key_values=make(),
+            **{cache_keyword(): make()},
             max_new_tokens=self.options.max_new_tokens,
             do_sample=False,
             # Nothing is padded; given only so that transformers does not warn about its absence.
@@ -268,7 +269,7 @@ class _Bench:
 
     def _step(self, tokens: Any, cache: Any) -> Any:
         """Feed tokens; returns the one that the model prefers next."""
-        out = self.model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        out = self.model(tokens, use_cache=True, logits_to_keep=1, **{cache_keyword(): cache})
         return out.logits[:, -1:].argmax(-1)
 
     def _wait(self) -> None:

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from nqkv_rs.integrations.naming import cache_keyword
+
 __all__ = [
     "Fp8Cache",
     "Result",
@@ -232,10 +234,11 @@ def _one_window(
         part = tokens[:, start:stop]
         # Unscored chunks need no logits, but a model has to be asked for at least one row.
         keep = 0 if start >= skip else 1
-        reference = model(part, past_key_values=dense, use_cache=True, logits_to_keep=keep).logits
+        words = {"use_cache": True, "logits_to_keep": keep}
+        reference = model(part, **words, **{cache_keyword(): dense}).logits
         log_p = torch.log_softmax(reference[0].double(), dim=-1) if start >= skip else None
         for name, cache in caches.items():
-            out = model(part, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
+            out = model(part, **words, **{cache_keyword(): cache}).logits
             if log_p is not None:
                 tallies[name].add(log_p, torch.log_softmax(out[0].double(), dim=-1))
         start = stop

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from types import MethodType
 from typing import Any
 
+from nqkv_rs.integrations.naming import CACHE_KEYWORDS, cache_keyword
 from nqkv_rs.integrations.transformers import NqkvCache
 from nqkv_rs.scheme import Scheme
 
@@ -20,10 +21,11 @@ _MARK = "_nqkv_enabled"
 def enable(model: Any, scheme: str | Scheme | Mapping[str, Any] = "nqkv4", **options: Any) -> Any:
     """Let every ``model.generate(...)`` make and use an :class:`~nqkv_rs.NqkvCache` of its own.
 
-    A call that brings ``past_key_values``, asks for a ``cache_implementation`` or says
-    ``use_cache=False`` is left alone. The cache of a call is in what it returns:
-    ``generate(..., return_dict_in_generate=True).past_key_values``. Calling it again replaces
-    scheme and options; the model's weights and its attention stay as they are.
+    A call that brings a cache (``cache``, ``past_key_values``), asks for a
+    ``cache_implementation`` or says ``use_cache=False`` is left alone. The cache of a call is in
+    what it returns: ``generate(..., return_dict_in_generate=True).past_key_values`` (``.cache``
+    from transformers 5.24 on). Calling it again replaces scheme and options; the model's weights
+    and its attention stay as they are.
 
     Args:
         model: a transformers model with ``generate``; also one that is to be an assistant model.
@@ -92,14 +94,14 @@ def _generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         given.cache_implementation = None
         kwargs["generation_config"] = given
     if _wants_a_cache(self, args, kwargs):
-        kwargs["past_key_values"] = NqkvCache(self.config, **options)
+        kwargs[cache_keyword()] = NqkvCache(self.config, **options)
     if previous is not None:
         return previous(*args, **kwargs)
     return type(self).generate(self, *args, **kwargs)
 
 
 def _wants_a_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    if kwargs.get("past_key_values") is not None:
+    if any(kwargs.get(word) is not None for word in CACHE_KEYWORDS):
         return False
     # `generation_config` is the second argument; what stands beside it goes before it.
     given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
