@@ -10,6 +10,8 @@ import nqkv_rs
 
 torch = pytest.importorskip("torch")
 
+from torch import library  # noqa: E402
+
 from nqkv_rs import ops  # noqa: E402
 
 DEVICES = [
@@ -30,7 +32,7 @@ def test_operators_are_registered_rightly(device: str) -> None:
     x = torch.randn(5, 200, device=device)
     codes, fields = torch.ops.nqkv.quantize(x, *WORDS)
     out = torch.empty_like(x)
-    check = torch.library.opcheck
+    check = library.opcheck
     check(torch.ops.nqkv.quantize.default, (x, *WORDS))
     check(torch.ops.nqkv.quantize_into.default, (x, codes, fields, *WORDS))
     check(torch.ops.nqkv.dequantize.default, (codes, fields, [5, 200], torch.float32, *WORDS))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import library
 
 from nqkv_rs import _core
 from nqkv_rs.flat import quantized_shapes
@@ -18,7 +19,7 @@ __all__ = ["dequantize", "quantize"]
 
 _WORDS = "str codebook, int block, str scale, str scale_dtype, bool flat, str order"
 # The operators end with this object.
-_LIBRARY: Any = torch.library.Library("nqkv", "DEF")  # type: ignore[no-untyped-call]
+_LIBRARY: Any = library.Library("nqkv", "DEF")  # type: ignore[no-untyped-call]
 _LIBRARY.define(f"quantize_into(Tensor x, Tensor(a!) codes, Tensor(b!) fields, {_WORDS}) -> ()")
 _LIBRARY.define(f"dequantize_into(Tensor codes, Tensor fields, Tensor(a!) out, {_WORDS}) -> ()")
 _LIBRARY.define(f"quantize(Tensor x, {_WORDS}) -> (Tensor, Tensor)")
@@ -82,7 +83,7 @@ _FAKES: dict[str, Any] = {
     "dequantize": _fake_dequantize,
 }
 for _name, _fake in _FAKES.items():
-    torch.library.register_fake(f"nqkv::{_name}", _fake, lib=_LIBRARY)
+    library.register_fake(f"nqkv::{_name}", _fake, lib=_LIBRARY)
 
 
 def quantize(

@@ -115,9 +115,7 @@ impl Pages<'_> {
         let blocks = blocks_of(self, side, value)?;
         let slabs = layout.dim / SLAB_CHANNELS;
         let tail = self.room.tail[usize::from(value)];
-        // A stride along one element is never taken.
-        let aligned = (0..3).all(|i| x.shape[i] == 1 || x.strides[i] % 8 == 0);
-        if !aligned || x.strides[3] != 1 || x.dtype != self.exact || !x.address.is_multiple_of(16) || !tail.is_multiple_of(16) {
+        if !self.vectors(value, x) {
             return None;
         }
         if side.scale_dtype == ScaleDtype::E4m3 || side.kind == ScaleKind::Rms {

@@ -87,8 +87,9 @@ pub(super) fn transform(py: Python<'_>, x: &Bound<'_, PyAny>, out: &Bound<'_, Py
 
 #[cfg(feature = "cuda")]
 pub(super) mod on_device {
+    use super::super::cuda_cache::view;
     use super::*;
-    use crate::cuda::{self, DeviceTransform, DeviceView};
+    use crate::cuda::{self, DeviceTransform};
 
     fn address(what: &str, t: Option<&OnDevice<'_>>, device: i32, dimensions: usize) -> PyResult<u64> {
         let Some(t) = t else { return Ok(0) };
@@ -138,16 +139,8 @@ pub(super) mod on_device {
     pub(in crate::python) fn cuda_transform(x: &Bound<'_, PyAny>, out: &Bound<'_, PyAny>, parts: Parts<'_>) -> PyResult<()> {
         let (x, out) = (OnDevice::new("x", x)?, OnDevice::new("out", out)?);
         let device = x.tensor.device;
-        out.check_device("out", device)?;
+        let (from, to) = (view("x", &x, device)?, view("out", &out, device)?);
         out.tensor.check_output("out", &x.tensor.shape)?;
-        let view = |what: &str, x: &OnDevice<'_>| -> PyResult<DeviceView> {
-            let t = &x.tensor;
-            let wrong = || Error::shape(what, "4 dimensions [batch, heads, tokens, dim]", format!("{:?}", t.shape));
-            let shape: [usize; 4] = t.shape.as_slice().try_into().map_err(|_| wrong())?;
-            let strides: [isize; 4] = t.strides.as_slice().try_into().map_err(|_| wrong())?;
-            Ok(DeviceView { address: x.address(), dtype: t.float(what)?, shape, strides })
-        };
-        let (from, to) = (view("x", &x)?, view("out", &out)?);
         let change = parts.on(device, from.shape)?;
         let device = cuda::device(usize::try_from(device).unwrap_or(usize::MAX))?;
         // SAFETY: checked above; asynchronous as any launch on the stream.
