@@ -17,18 +17,17 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import statistics
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from gpu_codecs import Clock
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from nqkv_rs import Scheme, _attend
+from nqkv_rs import Scheme, _attend, cuda_is_available
 from nqkv_rs.cuda_cache import CudaLayerCache
 
-FLUSH = 256 << 20
 _attend.ENABLED = True
 
 
@@ -68,37 +67,11 @@ def captured(call: Callable[[], Any]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-class Clock:
-    """Medians of graphs in turns, each after a flush of the L2 cache."""
-
-    def __init__(self, repeat: int) -> None:
-        self.repeat = repeat
-        self.room = torch.ones(FLUSH // 4, device="cuda")
-
-    def medians(self, graphs: list[torch.cuda.CUDAGraph]) -> list[float]:
-        """Microseconds of each graph.
-
-        Args:
-            graphs: what to time.
-        """
-        times: list[list[float]] = [[] for _ in graphs]
-        for i in range(self.repeat + 2):
-            for graph, seen in zip(graphs, times, strict=True):
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                self.room.sum()
-                start.record()
-                graph.replay()
-                end.record()
-                torch.cuda.synchronize()
-                if i >= 2:
-                    seen.append(1e3 * start.elapsed_time(end))
-        return [statistics.median(seen) for seen in times]
-
-    def stream(self) -> float:
-        """Terabytes per second of a reduction that only reads."""
-        x = torch.ones(1 << 30, dtype=torch.float32, device="cuda")
-        graph = captured(x.sum)
-        return 4 * x.numel() / self.medians([graph])[0] / 1e6
+def stream_speed(clock: Clock) -> float:
+    """Terabytes per second of a reduction that only reads."""
+    x = torch.ones(1 << 30, dtype=torch.float32, device="cuda")
+    graph = captured(x.sum)
+    return 4 * x.numel() / clock.medians([graph.replay])[0] / 1e6
 
 
 def peers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, Callable[[], Any]]:
@@ -191,7 +164,9 @@ def rows(clock: Clock, stream: float, shape: Shape, schemes: list[str]) -> list[
 
             graphs[label] = captured(call)
             held[label] = cache, out
-    times = dict(zip(graphs, clock.medians(list(graphs.values())), strict=True))
+    times = dict(
+        zip(graphs, clock.medians([graph.replay for graph in graphs.values()]), strict=True)
+    )
     peer = min(calls, key=lambda name: times[name])
     found = []
     for label, (cache, out) in held.items():
@@ -238,8 +213,11 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=15)
     options = parser.parse_args()
     torch.manual_seed(0)
+    if not cuda_is_available():
+        print("skipped: no CUDA device")
+        return
     clock = Clock(options.repeat)
-    stream = clock.stream()
+    stream = stream_speed(clock)
     if not options.json:
         print(f"{torch.cuda.get_device_name()}, read-only stream {stream:.2f} TB/s")
     for shape in options.shape or SHAPES:
