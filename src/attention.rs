@@ -17,6 +17,8 @@ mod fast;
 #[cfg(target_arch = "x86_64")]
 mod integers;
 #[cfg(target_arch = "x86_64")]
+mod integers512;
+#[cfg(target_arch = "x86_64")]
 mod lanes;
 #[cfg(target_arch = "x86_64")]
 mod lay;
@@ -27,6 +29,11 @@ mod places;
 #[cfg(test)]
 mod tests;
 mod tile;
+
+/// Which instructions attention uses on this CPU: `portable`, `avx2` or `avx512`.
+pub fn cpu_path() -> &'static str {
+    math::Simd::detect().name()
+}
 
 /// What to attend with, and how.
 #[derive(Debug, Clone)]

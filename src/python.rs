@@ -63,19 +63,17 @@ fn codebook(name: &str) -> PyResult<Vec<f32>> {
 #[pyfunction]
 fn cpu_features(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     let d = PyDict::new(py);
-    #[cfg(not(target_arch = "x86_64"))]
-    let avx2 = false;
-    #[cfg(target_arch = "x86_64")]
-    let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
     #[cfg(target_arch = "x86_64")]
     {
         d.set_item("avx2", is_x86_feature_detected!("avx2"))?;
         d.set_item("fma", is_x86_feature_detected!("fma"))?;
         d.set_item("f16c", is_x86_feature_detected!("f16c"))?;
         d.set_item("avx512f", is_x86_feature_detected!("avx512f"))?;
+        d.set_item("avx512bw", is_x86_feature_detected!("avx512bw"))?;
+        d.set_item("avx512vnni", is_x86_feature_detected!("avx512vnni"))?;
     }
     d.set_item("threads", rayon::current_num_threads())?;
-    d.set_item("path", if avx2 { "avx2" } else { "portable" })?;
+    d.set_item("path", crate::attention::cpu_path())?;
     Ok(d)
 }
 

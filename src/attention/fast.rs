@@ -102,7 +102,7 @@ pub(super) fn attend(plan: &Plan, simd: Simd, out: &mut [f32], mut lse: Option<&
         units: Vec::new(),
         tables: ((!in_place.0).then(|| Tables::new(&codec.key)), (!in_place.1).then(|| Tables::new(&codec.value))),
         #[cfg(target_arch = "x86_64")]
-        books: (in_place.0 || in_place.1).then(|| Books::new(&codec.key, &codec.value)),
+        books: (in_place.0 || in_place.1).then(|| Books::new(&codec.key, &codec.value, simd)),
         run_tiles: RUN_TILES[usize::from(!few)],
     };
     for (b, h) in (0..plan.batch).flat_map(|b| (0..plan.heads).map(move |h| (b, h))) {
@@ -144,7 +144,7 @@ fn token_of_place(p: usize) -> usize {
 /// Whether the codes of keys, of values can be read in place.
 fn in_place(plan: &Plan, simd: Simd) -> (bool, bool) {
     #[cfg(target_arch = "x86_64")]
-    if simd == Simd::Avx2 {
+    if simd.avx2() {
         let codec = plan.cache.codec();
         return (super::lanes::reads_keys(&codec.key, codec.heads), super::lanes::reads_values(&codec.value));
     }

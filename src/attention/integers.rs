@@ -27,6 +27,8 @@ pub(super) struct Words(pub(super) [i16; 16]);
 pub(super) struct Levels {
     /// Low and high byte of each integer.
     bytes: [[u8; 16]; 2],
+    /// The integers twice: a table for five bits of which the upper one says nothing.
+    pub(super) twice: [i16; 32],
     pub(super) step: f32,
     /// Largest magnitude.
     pub(super) top: f32,
@@ -70,6 +72,7 @@ impl Levels {
         let words = round(best);
         let square = words.iter().map(|w| w * w).sum::<f32>() / 16.0;
         Self {
+            twice: std::array::from_fn(|i| words[i % 16] as i16),
             bytes: [0, 1].map(|byte| words.map(|w| (w as i16).to_le_bytes()[byte])),
             step: most / f32::from(best),
             top: f32::from(best),

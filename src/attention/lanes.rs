@@ -8,7 +8,9 @@ use std::sync::Arc;
 
 use super::codes::{self, Book, Lane, SLAB};
 use super::integers::{self, GROUP, Levels, Score};
+use super::integers512;
 use super::lay::{self, Reading};
+use super::math::Simd;
 use super::places::{channel_of_place, token_fields};
 use super::tile::widen;
 use crate::page::{FieldAxis, PAGE_TOKENS, SLAB_CHANNELS};
@@ -48,12 +50,13 @@ pub(super) struct Half<'a> {
 
 /// Levels in both forms, of each slab of keys and of the values.
 pub(super) struct Books {
+    simd: Simd,
     key: Vec<(Book, Arc<Levels>)>,
     value: (Book, Arc<Levels>),
 }
 
 impl Books {
-    pub(super) fn new(key: &SideCodec, value: &SideCodec) -> Self {
+    pub(super) fn new(key: &SideCodec, value: &SideCodec, simd: Simd) -> Self {
         let both = |codec: &SideCodec, slab: usize| {
             let mut levels = [0f32; 16];
             if let Some(book) = codec.books[slab].as_deref() {
@@ -63,7 +66,7 @@ impl Books {
             (Book::new(&levels), Levels::of(&levels))
         };
         let key = (0..key.books.len()).map(|slab| both(key, slab)).collect();
-        Self { key, value: both(value, 0) }
+        Self { simd, key, value: both(value, 0) }
     }
 }
 
@@ -112,6 +115,8 @@ pub(super) struct Lanes {
     has_zeros: bool,
     levels: Vec<Arc<Levels>>,
     books: Vec<Book>,
+    /// Whether integers take 512 bits.
+    wide: bool,
 }
 
 /// The codes of a half at 4 bits: in place, or widened in `room`.
@@ -136,6 +141,7 @@ impl Lanes {
     ) {
         let (dim, stored) = (key.layout.dim, key.layout.stored);
         self.columns = q.len() / dim;
+        self.wide = books.simd.avx512();
         if in_place.0 {
             self.books.clear();
             self.books.extend(books.key.iter().map(|b| b.0));
@@ -242,7 +248,10 @@ impl Lanes {
                     let fields = std::mem::take(&mut next_fields);
                     // SAFETY: the range's slabs and what was laid out for them, scaled to fit; 64 places each.
                     unsafe {
-                        if self.laid.split() {
+                        if self.wide && !self.laid.split() {
+                            let args = (codes, next, fields, levels, q);
+                            by_columns!(share, integers512::key_page(args, factors, scales, &columns));
+                        } else if self.laid.split() {
                             by_columns!(
                                 share,
                                 integers::key_page,
@@ -338,7 +347,13 @@ impl Lanes {
                     let (w, steps) = room.integers(j, pairs.len(), share);
                     let fresh = !std::mem::replace(&mut self.begun[first / SHARED], true);
                     // SAFETY: all lines of each page, and what was laid out for them, scaled to fit.
-                    unsafe { by_columns!(share, integers::value_pages(part, levels, &self.lines, w, steps, acc, fresh)) };
+                    unsafe {
+                        if self.wide {
+                            by_columns!(share, integers512::value_pages(part, levels, &self.lines, w, steps, acc, fresh));
+                        } else {
+                            by_columns!(share, integers::value_pages(part, levels, &self.lines, w, steps, acc, fresh));
+                        }
+                    }
                     continue;
                 }
                 if !self.exact_used {

@@ -9,15 +9,53 @@ pub(super) enum Simd {
     /// AVX2, FMA and F16C, found at run time.
     #[cfg(target_arch = "x86_64")]
     Avx2,
+    /// Those, and AVX-512 with 16-bit elements and VNNI for the innermost loops.
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
 }
 
 impl Simd {
     pub(super) fn detect() -> Self {
         #[cfg(target_arch = "x86_64")]
         if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
-            return Self::Avx2;
+            let wide = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw");
+            return if wide && is_x86_feature_detected!("avx512vnni") { Self::Avx512 } else { Self::Avx2 };
         }
         Self::Portable
+    }
+
+    /// Whether there are AVX2, FMA and F16C.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn avx2(self) -> bool {
+        self != Self::Portable
+    }
+
+    /// Whether the innermost loops have AVX-512.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn avx512(self) -> bool {
+        self == Self::Avx512
+    }
+
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Portable => "portable",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => "avx2",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => "avx512",
+        }
+    }
+
+    /// All that this machine has.
+    #[cfg(test)]
+    pub(super) fn all() -> Vec<Self> {
+        match Self::detect() {
+            Self::Portable => vec![Self::Portable],
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => vec![Self::Portable, Self::Avx2],
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => vec![Self::Portable, Self::Avx2, Self::Avx512],
+        }
     }
 }
 
@@ -63,7 +101,7 @@ pub(super) fn exp_sum(simd: Simd, x: &mut [f32], max: f32) -> f32 {
     let (eights, rest) = x.split_at_mut(x.len() / 8 * 8);
     let mut sums = [0f32; 8];
     #[cfg(target_arch = "x86_64")]
-    let done = simd == Simd::Avx2;
+    let done = simd.avx2();
     #[cfg(not(target_arch = "x86_64"))]
     let done = false;
     #[cfg(target_arch = "x86_64")]
@@ -107,8 +145,8 @@ macro_rules! dispatch {
                 fn avx2($($arg: $type),*) $(-> $ret)? {
                     $body($($arg),*)
                 }
-                if simd == Simd::Avx2 {
-                    // SAFETY: Simd::Avx2 exists only where these features were found.
+                if simd.avx2() {
+                    // SAFETY: these exist only where these features were found.
                     return unsafe { avx2($($arg),*) };
                 }
             }
@@ -146,7 +184,7 @@ impl Product<'_> {
         assert!((self.depth - 1) * self.b_stride + self.width <= self.b.len());
         assert!((self.rows - 1) * self.c_stride + self.width <= c.len());
         #[cfg(target_arch = "x86_64")]
-        if simd == Simd::Avx2 {
+        if simd.avx2() {
             // SAFETY: the features were found; the bounds were checked above.
             return unsafe { super::avx2::product(self, c) };
         }
@@ -169,7 +207,7 @@ impl Product<'_> {
 /// `n` of `b`, `[..][depth]`.
 pub(super) fn scores(simd: Simd, a: &[f32], b: &[f32], depth: usize, c: &mut [f32], c_stride: usize) {
     #[cfg(target_arch = "x86_64")]
-    if simd == Simd::Avx2 {
+    if simd.avx2() {
         // SAFETY: the features were found.
         return unsafe { super::avx2::scores(a, b, depth, c, c_stride) };
     }
@@ -204,7 +242,7 @@ mod tests {
         for (rows, tokens, depth) in [(1, 1, 5), (4, 2, 8), (7, 9, 20), (3, 64, 33), (6, 5, 128)] {
             let of = |n: usize, s: f32| (0..n).map(|i| (i as f32 * s).sin()).collect::<Vec<_>>();
             let (a, b, stride) = (of(rows * depth, 0.7), of(tokens * depth, 0.3), tokens + 3);
-            for simd in [Simd::Portable, Simd::detect()] {
+            for simd in Simd::all() {
                 let mut c = vec![f32::NAN; rows * stride];
                 scores(simd, &a, &b, depth, &mut c, stride);
                 for (i, n) in (0..rows).flat_map(|i| (0..stride).map(move |n| (i, n))) {

@@ -52,7 +52,7 @@ pub(super) fn read_fields(simd: Simd, codec: &SideCodec, half: &[u8], out: &mut 
     let bytes = &half[layout.code_bytes..][..layout.field_bytes];
     out.resize(layout.field_bytes / z, 0.0);
     #[cfg(target_arch = "x86_64")]
-    if simd == Simd::Avx2 && codec.scale_dtype == crate::codec::ScaleDtype::Fp16 {
+    if simd.avx2() && codec.scale_dtype == crate::codec::ScaleDtype::Fp16 {
         // SAFETY: the features were found.
         return unsafe { super::avx2::read_f16(bytes, out) };
     }
@@ -190,9 +190,9 @@ fn read_exact(simd: Simd, dtype: Dtype, bytes: &[u8], out: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]
     match dtype {
         // SAFETY: the features were found.
-        Dtype::Bf16 if simd == Simd::Avx2 => return unsafe { super::avx2::read_bf16(bytes, out) },
+        Dtype::Bf16 if simd.avx2() => return unsafe { super::avx2::read_bf16(bytes, out) },
         // SAFETY: as above.
-        Dtype::F16 if simd == Simd::Avx2 => return unsafe { super::avx2::read_f16(bytes, out) },
+        Dtype::F16 if simd.avx2() => return unsafe { super::avx2::read_f16(bytes, out) },
         _ => {}
     }
     let _ = simd;
