@@ -82,7 +82,7 @@ fn cpu_features(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
 mod _core {
     #[cfg(feature = "cuda")]
     #[pymodule_export]
-    use super::attend::{cuda_attend, cuda_attend_workspace, cuda_newest_are_exact};
+    use super::attend::{cuda_attend, cuda_attend_workspace, cuda_newest_are_exact, cuda_stream};
     #[pymodule_export]
     use super::cache::LayerCache;
     #[cfg(feature = "cuda")]

@@ -36,6 +36,8 @@ const FEW_TOKENS: usize = 16;
 struct Sequence {
     sinks: usize,
     pages: Vec<Page>,
+    /// Tokens in pages: their counts' sum, which every step of every layer asks for.
+    packed: usize,
     tail: usize,
     /// The device may write to the last page.
     open: bool,
@@ -58,6 +60,19 @@ pub struct DeviceCache {
     /// Table entries and sequences whose counts the device has yet to hear of.
     entries: BTreeMap<usize, u64>,
     stale: BTreeSet<usize>,
+}
+
+impl Sequence {
+    fn push(&mut self, page: Page) {
+        self.packed += page.count as usize;
+        self.pages.push(page);
+    }
+
+    /// Whether all pages before the last are full.
+    fn is_regular(&self) -> bool {
+        let last = self.pages.last().map_or(PAGE_TOKENS, |p| p.count as usize);
+        self.packed + PAGE_TOKENS == self.pages.len() * PAGE_TOKENS + last
+    }
 }
 
 impl DeviceCache {
@@ -106,7 +121,7 @@ impl DeviceCache {
 
     /// Tokens of sequence `b` in pages.
     pub fn packed(&self, b: usize) -> usize {
-        self.sequences[b].pages.iter().map(|p| p.count as usize).sum()
+        self.sequences[b].packed
     }
 
     /// Page table of sequence `b`; rows count over own extents, then over those of other caches.
@@ -277,8 +292,7 @@ impl DeviceCache {
         }
         self.flush(stream)?;
         let room = self.room()?;
-        let all_full = |pages: &[Page]| pages.iter().rev().skip(1).all(|p| p.count as usize == PAGE_TOKENS);
-        if self.sequences.iter().all(|s| all_full(&s.pages)) {
+        if self.sequences.iter().all(Sequence::is_regular) {
             let most = |f: &dyn Fn(usize) -> usize| (0..self.batch()).map(f).max().unwrap_or(0);
             let end = (0..self.batch()).map(|b| self.tokens(b) - self.sequences[b].tail).min().unwrap_or(0);
             let known = [most(&|b| self.sequences[b].pages.len()), most(&|b| self.sequences[b].sinks), end];

@@ -160,14 +160,19 @@ impl Device {
         Ok(())
     }
 
-    /// Refuses a stream from which a CUDA graph is captured.
-    pub(crate) fn check_uncaptured(&self, stream: Stream, why: &str) -> Result<()> {
+    /// Whether a CUDA graph is captured from a stream.
+    pub fn is_captured(&self, stream: Stream) -> Result<bool> {
         self.bind()?;
         let mut state = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
         let stream = ptr::with_exposed_provenance_mut::<sys::CUstream_st>(stream.0);
         // SAFETY: the caller's stream; writes one number.
         unsafe { sys::cuStreamIsCapturing(stream, &raw mut state) }.result().map_err(error("stream"))?;
-        if state == sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE {
+        Ok(state != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
+    }
+
+    /// Refuses a stream from which a CUDA graph is captured.
+    pub(crate) fn check_uncaptured(&self, stream: Stream, why: &str) -> Result<()> {
+        if !self.is_captured(stream)? {
             return Ok(());
         }
         Err(Error::value("stream", format!("one that no CUDA graph is captured from ({why})"), "one under capture"))

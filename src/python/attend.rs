@@ -5,7 +5,7 @@ use pyo3::prelude::*;
 use super::cuda::bytes;
 use super::cuda_cache::{CudaLayerCache, view};
 use super::device::OnDevice;
-use crate::cuda::Attend;
+use crate::cuda::{self, Attend};
 use crate::dlpack::Element;
 use crate::error::Error;
 use crate::tensor::Dtype;
@@ -23,6 +23,14 @@ pub(super) fn cuda_attend_workspace(py: Python<'_>, cache: &CudaLayerCache, colu
 #[pyfunction]
 pub(super) fn cuda_newest_are_exact(py: Python<'_>, cache: &CudaLayerCache, queries: usize) -> bool {
     cache.look(py).newest_are_exact(queries)
+}
+
+/// The stream that work on a tensor goes to, and whether a CUDA graph is captured from it.
+#[pyfunction]
+pub(super) fn cuda_stream(x: &Bound<'_, PyAny>) -> PyResult<(usize, bool)> {
+    let x = OnDevice::new("x", x)?;
+    let device = cuda::device(x.tensor.device as usize)?;
+    Ok((x.stream.0, device.is_captured(x.stream)?))
 }
 
 /// Attention into `out`, one launch.

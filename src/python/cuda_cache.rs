@@ -180,6 +180,26 @@ impl CudaLayerCache {
         Ok(cache.packed(sequence(&cache, sequence_index)?))
     }
 
+    /// Tokens of every sequence.
+    fn lengths(&self, py: Python<'_>) -> Vec<usize> {
+        let cache = self.look(py);
+        (0..cache.batch()).map(|b| cache.tokens(b)).collect()
+    }
+
+    /// Positions that queries attend, and those read from pages.
+    #[pyo3(signature = (queries, starts=None, window=None, fresh=false))]
+    fn attended(
+        &self,
+        py: Python<'_>,
+        queries: usize,
+        starts: Option<Vec<usize>>,
+        window: Option<usize>,
+        fresh: bool,
+    ) -> PyResult<(u64, u64)> {
+        let count = self.look(py).attended(queries, starts.as_deref(), window, fresh)?;
+        Ok((count.attended, count.packed))
+    }
+
     fn table(&self, py: Python<'_>, sequence_index: usize) -> PyResult<Vec<(u32, u32)>> {
         let cache = self.look(py);
         let b = sequence(&cache, sequence_index)?;

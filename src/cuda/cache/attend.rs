@@ -1,6 +1,7 @@
 //! Attention on a cache on a device, by one launch.
 
-use super::DeviceCache;
+use super::{DeviceCache, Sequence};
+use crate::attention::ReadCount;
 use crate::cuda::attend::{Attend, Known, Plan, Workspace, check_queries};
 use crate::cuda::driver::Stream;
 use crate::cuda::room::DeviceView;
@@ -18,6 +19,26 @@ impl DeviceCache {
     /// Whether the newest `queries` tokens of every sequence are exact.
     pub fn newest_are_exact(&self, queries: usize) -> bool {
         self.sequences.iter().all(|s| s.tail >= queries || s.pages.is_empty())
+    }
+
+    /// Positions that so many queries of each sequence attend, and those of them that are read from pages; with `fresh`, the
+    /// queries' own tokens are not.
+    pub fn attended(&self, queries: usize, starts: Option<&[usize]>, window: Option<usize>, fresh: bool) -> Result<ReadCount> {
+        if let Some(starts) = starts.filter(|s| s.len() != self.batch()) {
+            return Err(Error::shape("starts", format!("{} positions", self.batch()), format!("{}", starts.len())));
+        }
+        let mut total = ReadCount::default();
+        for (b, s) in self.sequences.iter().enumerate() {
+            let held = s.sinks + s.packed + s.tail;
+            let before = held.checked_sub(queries).ok_or_else(|| too_many(held, queries))?;
+            let pages = s.sinks..(s.sinks + s.packed).min(if fresh { before } else { held });
+            for end in before + 1..=held {
+                let start = starts.map_or(0, |s| s[b]).max(window.map_or(0, |w| end.saturating_sub(w))).min(end);
+                total.attended += (end - start) as u64;
+                total.packed += end.min(pages.end).saturating_sub(start.max(pages.start)) as u64;
+            }
+        }
+        Ok(total)
     }
 
     /// Refuses queries that do not fit what the cache holds. Returns columns per KV head.
@@ -50,12 +71,14 @@ impl DeviceCache {
         self.flush(stream)?;
         let single = self.codec.scheme.writes_single_slots();
         let partial = |count: u32| (count as usize) < PAGE_TOKENS;
-        let irregular = self.sequences.iter().any(|s| {
-            let Some((last, before)) = s.pages.split_last() else { return false };
-            before.iter().any(|p| partial(p.count)) || (partial(last.count) && !(single && s.open))
-        });
+        let cut = |s: &Sequence| !(single && s.open) && s.pages.last().is_some_and(|p| partial(p.count));
+        let irregular = self.sequences.iter().any(|s| !s.is_regular() || cut(s));
         let room = self.room()?;
         // SAFETY: the caller's promise.
         unsafe { self.as_pages(&room).attend(&plan, call, Known { irregular }, stream) }
     }
+}
+
+fn too_many(held: usize, queries: usize) -> Error {
+    Error::value("queries", format!("at most {held} (the tokens held, queries included)"), queries)
 }

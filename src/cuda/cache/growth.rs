@@ -160,7 +160,7 @@ impl DeviceCache {
                 while s.tail >= window + PAGE_TOKENS
                     && let Some(row) = reserved.pop_front()
                 {
-                    s.pages.push(Page { row, count: PAGE_TOKENS as u32 });
+                    s.push(Page { row, count: PAGE_TOKENS as u32 });
                     s.tail -= PAGE_TOKENS;
                 }
                 continue;
@@ -170,13 +170,14 @@ impl DeviceCache {
             {
                 let count = left.min(PAGE_TOKENS - page.count as usize);
                 page.count += count as u32;
+                s.packed += count;
                 left -= count;
             }
             while left > 0
                 && let Some(row) = reserved.pop_front()
             {
                 let count = left.min(PAGE_TOKENS);
-                s.pages.push(Page { row, count: count as u32 });
+                s.push(Page { row, count: count as u32 });
                 s.open = true;
                 left -= count;
             }

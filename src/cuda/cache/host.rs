@@ -95,9 +95,9 @@ impl DeviceCache {
                 self.send(room.sinks[side] + (b * sizes.sinks[side]) as u64, &s.sinks[side], stream)?;
                 self.send(room.tail[side] + (b * sizes.tail[side]) as u64, &s.tail[side], stream)?;
             }
-            let pages = s.pages.iter().map(|p| Page { row: Arc::clone(&rows[p.row as usize]), count: p.count }).collect();
             let tokens = |part: &[Vec<u8>; 2]| part[0].len() / self.token_bytes(0);
-            let sequence = Sequence { sinks: tokens(&s.sinks), pages, tail: tokens(&s.tail), open: false };
+            let mut sequence = Sequence { sinks: tokens(&s.sinks), tail: tokens(&s.tail), ..Sequence::default() };
+            s.pages.iter().for_each(|p| sequence.push(Page { row: Arc::clone(&rows[p.row as usize]), count: p.count }));
             for (i, page) in sequence.pages.iter().enumerate() {
                 self.entries.insert(b * room.capacity + i, page.row.data() as u64 | u64::from(page.count) << 56);
             }

@@ -68,7 +68,9 @@ impl DeviceCache {
             };
             s.tail -= cut(s.tail);
             while let Some(page) = s.pages.last_mut() {
-                page.count -= cut(page.count as usize) as u32;
+                let count = cut(page.count as usize);
+                page.count -= count as u32;
+                s.packed -= count;
                 if page.count > 0 {
                     break;
                 }
