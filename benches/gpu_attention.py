@@ -25,10 +25,8 @@ from gpu_codecs import Clock
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from nqkv_rs import Scheme, _attend, cuda_is_available
+from nqkv_rs import Scheme, cuda_is_available
 from nqkv_rs.cuda_cache import CudaLayerCache
-
-_attend.ENABLED = True
 
 
 class Shape(NamedTuple):

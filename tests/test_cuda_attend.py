@@ -34,11 +34,6 @@ if nqkv_rs.cuda_is_available():
 BOUND = 1e-3
 
 
-@pytest.fixture(autouse=True)
-def enabled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_attend, "ENABLED", True)
-
-
 def make(scheme: Any, heads: int, dim: int, batch: int, exact: str = "bfloat16") -> Any:
     return Cache(scheme, kv_heads=heads, key_dim=dim, batch=batch, exact_dtype=exact)
 

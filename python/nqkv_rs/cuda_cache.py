@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,9 +16,6 @@ from nqkv_rs.scheme import Scheme
 from nqkv_rs.transform import Transform, transform
 
 __all__ = ["CudaLayerCache"]
-
-# Tokens that attention dequantizes at a time: what it needs besides the cache is this much.
-TILE = 4096
 
 
 @dataclass
@@ -39,8 +35,9 @@ class CudaLayerCache:
     """:class:`nqkv_rs.LayerCache` on a CUDA device, for PyTorch tensors.
 
     Pages are byte for byte those of the CPU. Nothing waits for the device: a NaN or infinity that
-    is appended is not refused here. Attention dequantizes a bounded number of tokens at a time; in
-    one launch, with NQKV_CUDA_ATTEND=1 in the environment: see docs/limits.md.
+    is appended is not refused here. A decode step is one launch on pages, sinks and tail; what no
+    kernel takes (docs/limits.md), and a prompt's chunk, dequantizes a bounded number of tokens at a
+    time.
 
     Args:
         scheme: as for :class:`nqkv_rs.LayerCache`.
@@ -212,90 +209,17 @@ class CudaLayerCache:
     ) -> tuple[int, int]:
         """Attention into ``out``; arguments as for :meth:`nqkv_rs.LayerCache.attend`.
 
-        Tiles of tokens are dequantized one after the other and merged by their log-sum-exp.
+        One launch where a kernel takes the call. Elsewhere tiles of tokens are dequantized one
+        after the other and merged by their log-sum-exp.
 
         Returns:
             Attended positions, and those of them that were read from pages.
         """
-        batch, q_heads, queries, _ = q.shape
-        heads, group = self.core.kv_heads, q_heads // self.core.kv_heads
-        scale = 1 / math.sqrt(self.key_dim) if scale is None else scale
-        lengths = [self.core.tokens(b) for b in range(batch)]
-        if min(lengths, default=0) < queries:
-            raise ValueError(f"q: expected at most {min(lengths)} queries, got {queries}")
-        if _attend.ENABLED:
-            reason = _attend.refusal(self, q, out, fresh)
-            if reason is None:
-                _attend.attend(self, q, out, scale, starts, window, soft_cap, lse)
-                return self._count(lengths, queries, starts, window)
-            _attend.slow(reason, q, self.strict)
-        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        ends = torch.tensor(lengths, device=self.device)
-        position = ends[:, None] - queries + torch.arange(queries, device=self.device)
-        first = torch.zeros(batch, dtype=torch.long, device=self.device)
-        if starts is not None:
-            first = torch.tensor(list(starts), device=self.device)
-        low = first[:, None].expand(batch, queries)
-        if window is not None:
-            low = torch.maximum(low, position - window + 1)
-        grouped = q.to(wide).reshape(batch, heads, group * queries, self.key_dim) * scale
-        top = torch.full((batch, heads, group, queries), -torch.inf, dtype=wide, device=self.device)
-        total = torch.zeros_like(top)
-        shape = (batch, heads, group, queries, self.value_dim)
-        summed = torch.zeros(shape, dtype=wide, device=self.device)
-        for start in range(0, max(lengths), TILE):
-            tokens = min(TILE, max(lengths) - start)
-            k, v = self.read(start, tokens, wide)
-            at = start + torch.arange(tokens, device=self.device)
-            if fresh is not None:
-                for mine, given in ((k, fresh[0]), (v, fresh[1])):
-                    self._put_fresh(mine, given.to(wide), start, lengths, queries)
-            scores = torch.matmul(grouped, k.transpose(2, 3))
-            scores = scores.reshape(batch, heads, group, queries, tokens)
-            if soft_cap is not None:
-                scores = soft_cap * torch.tanh(scores / soft_cap)
-            seen = (at >= low[..., None]) & (at <= position[..., None])
-            scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
-            newest = torch.maximum(top, scores.amax(-1))
-            still = torch.where(torch.isinf(newest), 0.0, newest)
-            weights = torch.exp(scores - still[..., None])
-            keep = torch.exp(top - still)
-            total = total * keep + weights.sum(-1)
-            flat = weights.reshape(batch, heads, group * queries, tokens)
-            summed = summed * keep[..., None] + torch.matmul(flat, v).reshape(shape)
-            top = newest
-        result = summed / torch.where(total == 0, 1.0, total)[..., None]
-        # [batch, kv_heads, group, queries, dim] to [batch, queries, q_heads, dim]
-        out.copy_(result.permute(0, 3, 1, 2, 4).reshape(batch, queries, q_heads, self.value_dim))
-        if lse is not None:
-            log = top + torch.log(total)
-            lse.copy_(log.permute(0, 3, 1, 2).reshape(batch, queries, q_heads))
-        return self._count(lengths, queries, starts, window)
-
-    def _put_fresh(
-        self, tile: torch.Tensor, given: torch.Tensor, start: int, lengths: list[int], queries: int
-    ) -> None:
-        for b, length in enumerate(lengths):
-            low, high = max(length - queries, start), min(length, start + tile.shape[2])
-            if low < high:
-                offset = length - queries
-                tile[b, :, low - start : high - start] = given[b, :, low - offset : high - offset]
-
-    def _count(
-        self, lengths: list[int], queries: int, starts: Sequence[int] | None, window: int | None
-    ) -> tuple[int, int]:
-        attended = packed = 0
-        for b, length in enumerate(lengths):
-            sinks = min(self.scheme.sink_tokens, length)
-            pages = range(sinks, sinks + self.core.packed(b))
-            for at in range(length - queries, length):
-                low = max(starts[b] if starts is not None else 0, at + 1 - (window or at + 1))
-                attended += max(at + 1 - low, 0)
-                packed += max(min(at + 1, pages.stop) - max(low, pages.start), 0)
-        return attended, packed
+        _attend.into(self, q, out, scale, starts, fresh, window, soft_cap, lse)
+        return self.core.attended(q.shape[2], starts, window, fresh is not None)
 
     def attend(self, q: torch.Tensor, **words: Any) -> torch.Tensor:
-        """Attention of queries on the cache.
+        """Attention of queries on the cache; see also :func:`nqkv_rs.decode_attention`.
 
         Args:
             q: ``[batch, q_heads, queries, key_dim]``.
@@ -307,7 +231,7 @@ class CudaLayerCache:
         batch, heads, queries, _ = q.shape
         shape = (batch, queries, heads, self.value_dim)
         out = torch.empty(shape, dtype=q.dtype, device=self.device)
-        self.attend_into(q, out, words.pop("scale", None), **words)
+        _attend.into(self, q, out, words.pop("scale", None), **words)
         return out
 
     def tokens(self, sequence: int = 0) -> int:

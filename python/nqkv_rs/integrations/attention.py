@@ -58,7 +58,7 @@ def nqkv_attention_forward(
         plain = attention_mask is None and (new == 1 or new == tokens)
         starts = None
         if attention_mask is not None:
-            starts = layer.shared.left_padding(attention_mask, new, tokens, sliding_window)
+            starts = layer.shared.left_padding(attention_mask, new, tokens, sliding_window, layer)
         if (plain or starts is not None) and query.shape[2] == new:
             out = layer.attend(
                 query,

@@ -147,9 +147,10 @@ class NqkvLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if exact and before == 0:
             self.shared.count(exact_prefill=1)
             return key_states, value_states
+        tokens = before + queries if k.shape[0] else 0
         return (
-            self._packed("k", k, queries, k if exact else None),
-            self._packed("v", v, queries, v if exact else None),
+            self._packed("k", k, tokens, k if exact else None),
+            self._packed("v", v, tokens, v if exact else None),
         )
 
     def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -170,10 +171,10 @@ class NqkvLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return k.shape[0] == self.cache.core.batch and k.dtype == self.dtype
 
     def _packed(
-        self, which: str, x: torch.Tensor, queries: int, fresh: torch.Tensor | None
+        self, which: str, x: torch.Tensor, tokens: int, fresh: torch.Tensor | None
     ) -> PackedKV:
-        shape = (x.shape[0], x.shape[1], self.get_seq_length(), x.shape[3])
-        return PackedKV.make(self, which, shape, x, queries, fresh)
+        batch, heads, queries, dim = x.shape
+        return PackedKV.make(self, which, (batch, heads, tokens, dim), x, queries, fresh)
 
     def attend(
         self,
@@ -240,7 +241,9 @@ class NqkvLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def get_seq_length(self) -> int:
         """Tokens held."""
-        return 0 if self.cache is None or self.cache.core.batch == 0 else self.cache.tokens()
+        # Asked several times a step and layer.
+        core = None if self.cache is None else self.cache.core
+        return 0 if core is None or core.batch == 0 else core.tokens(0)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the mask of the next ``query_length`` tokens."""

@@ -208,7 +208,7 @@ def _attention(
     tokens, window = layer.get_seq_length(), layer.window
     starts: list[int] | None = None
     if attn_mask is not None:
-        starts = layer.shared.left_padding(attn_mask, new, tokens, window)
+        starts = layer.shared.left_padding(attn_mask, new, tokens, window, layer)
         if starts is None:
             return None
     elif new > 1 and not (is_causal and tokens == new):

@@ -28,13 +28,21 @@ class _Judged(NamedTuple):
     written: int | torch.Tensor
     question: tuple[int, int, int | None]
     starts: list[int] | None
+    # Who has had this verdict.
+    askers: set[int]
 
-    def holds(self, mask: torch.Tensor, question: tuple[int, int, int | None]) -> bool:
+    def holds(
+        self, mask: torch.Tensor, question: tuple[int, int, int | None], asker: object
+    ) -> bool:
         if mask is not self.mask or question != self.question:
             return False
-        if isinstance(self.written, torch.Tensor):
-            return torch.equal(mask, self.written)
-        return mask._version == self.written
+        if not isinstance(self.written, torch.Tensor):
+            return mask._version == self.written
+        if mask.is_cuda and asker is not None and id(asker) not in self.askers:
+            # A look would wait for the device, in every layer: the step's first has looked.
+            self.askers.add(id(asker))
+            return True
+        return torch.equal(mask, self.written)
 
 
 class Shared:
@@ -69,7 +77,12 @@ class Shared:
             return dict(self._counters)
 
     def left_padding(
-        self, mask: torch.Tensor, queries: int, tokens: int, window: int | None = None
+        self,
+        mask: torch.Tensor,
+        queries: int,
+        tokens: int,
+        window: int | None = None,
+        asker: object = None,
     ) -> list[int] | None:
         """First attended position of each sequence; None unless the mask is causal, left-padded.
 
@@ -80,12 +93,14 @@ class Shared:
             queries: new tokens.
             tokens: tokens in the cache, the new ones included.
             window: how many positions a query attends at most, its own included.
+            asker: the layer, which asks once a step.
         """
         question = (queries, tokens, window)
         judged = self._judged
-        if judged is None or not judged.holds(mask, question):
+        if judged is None or not judged.holds(mask, question, asker):
             written = mask.clone() if mask.is_inference() else mask._version
-            judged = _Judged(mask, written, question, _starts(mask, queries, tokens, window))
+            starts = _starts(mask, queries, tokens, window)
+            judged = _Judged(mask, written, question, starts, {id(asker)})
             # One assignment: a thread at another layer sees a whole verdict, old or new.
             self._judged = judged
         return judged.starts
