@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from nqkv_rs import _core
 from nqkv_rs._core import PAGE_TOKENS, PAGE_VERSION, __version__
 from nqkv_rs.cache import LayerCache
+from nqkv_rs.decode import decode_attention
 from nqkv_rs.flat import Quantized, codebook, dequantize, quantize
 from nqkv_rs.scheme import Scheme, Side, presets
 from nqkv_rs.transform import Transform, transform
@@ -31,6 +32,7 @@ __all__ = [
     "__version__",
     "codebook",
     "cuda_is_available",
+    "decode_attention",
     "dequantize",
     "disable",
     "enable",

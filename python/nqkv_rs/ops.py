@@ -1,8 +1,9 @@
-"""Tensor codecs as PyTorch operators, ``torch.ops.nqkv.*``: for ``torch.compile`` and dispatch.
+"""Codecs and attention as PyTorch operators, ``torch.ops.nqkv.*``: for ``torch.compile``.
 
 Importing this module registers them, for CPU and CUDA tensors. They are for inference: outputs
 carry no gradient, so call them under ``torch.no_grad()`` or on tensors that need none. The words of
-a codec stand where :func:`nqkv_rs.quantize` has them.
+a codec stand where :func:`nqkv_rs.quantize` has them. A cache goes into a compiled function as its
+:func:`handle`.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import torch
 from torch import library
 
 from nqkv_rs import _core
+from nqkv_rs._ops import append, decode_attention, handle
 from nqkv_rs.flat import quantized_shapes
 
-__all__ = ["dequantize", "quantize"]
+__all__ = ["append", "decode_attention", "dequantize", "handle", "quantize"]
 
 _WORDS = "str codebook, int block, str scale, str scale_dtype, bool flat, str order"
 # The operators end with this object.
