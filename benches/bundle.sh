@@ -16,7 +16,8 @@ for word in ${*:-install tests bench codecs attention}; do
         install) install ;;
         tests)
             printf '[pytest]\npythonpath = tests\nmarkers =\n    gpu: of CUDA\n    model: of real models\n' > pytest.ini
-            python3 -m pytest -q --import-mode=importlib -p no:cacheprovider -m gpu tests/test_cuda_*.py tests/test_ops.py
+            python3 -m pytest -q --import-mode=importlib -p no:cacheprovider -m gpu tests/test_cuda_*.py \
+                tests/test_ops.py tests/test_decode_attention.py
             ;;
         bench) ./gpu --bench ;;
         codecs) python3 benches/gpu_codecs.py --json --shape "$SHAPE" ;;
