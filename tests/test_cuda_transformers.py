@@ -124,3 +124,44 @@ def test_a_saved_cache_goes_on_on_either_side(name: str, tmp_path: Path) -> None
             assert loaded.stats()["dequantized"] == 0
             found.append(out.cpu().tolist())
     assert all(x == found[0] for x in found)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_decode_step_is_one_launch_a_layer(padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from nqkv_rs import _core
+
+    torch.manual_seed(0)
+    # SmolLM2's heads: 9 of queries, 3 of keys, 64 channels.
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64}
+    config = LlamaConfig(
+        hidden_size=576, intermediate_size=64, num_hidden_layers=2, vocab_size=97, **heads
+    )
+    model = LlamaForCausalLM(config).to("cuda", torch.bfloat16).eval()
+    ids = prompt(300, batch=2).cuda()
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[1, :77] = 0
+    launches: list[int] = []
+    launch = _core.cuda_attend
+    monkeypatch.setattr(_core, "cuda_attend", lambda *a: (launches.append(1), launch(*a))[1])
+    cache = NqkvCache(config, strict=True)
+    words = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False}
+    model.generate(ids, attention_mask=mask, past_key_values=cache, **words)
+    assert cache.stats()["packed_decode"] == len(launches) == 2 * 19
+
+
+def test_a_step_that_no_kernel_takes_warns_once_or_raises() -> None:
+    from nqkv_rs import _attend
+
+    model = tiny.model("llama").to("cuda", torch.bfloat16)
+    ids = prompt(60).cuda()
+    _attend._WARNED.clear()
+    cache = NqkvCache(model.config, "kivi2")
+    with pytest.warns(UserWarning, match="attention on CUDA dequantizes tiles") as seen:
+        model.generate(ids, past_key_values=cache, max_new_tokens=5, do_sample=False)
+    assert sum("dequantizes tiles" in str(w.message) for w in seen) == 1
+    cache = NqkvCache(model.config, "kivi2", strict=True)
+    with pytest.raises(RuntimeError, match="strict=True: attention on CUDA"):
+        model.generate(ids, past_key_values=cache, max_new_tokens=5, do_sample=False)
