@@ -256,6 +256,11 @@ impl TensorRef {
         if self.shape != shape {
             return Err(Error::shape(what, format!("{shape:?}"), format!("{:?}", self.shape)));
         }
+        self.check_writable(what)
+    }
+
+    /// Refuses a tensor that cannot be written to, from its first element to its last.
+    pub fn check_writable(&self, what: &str) -> Result<()> {
         if self.read_only {
             return Err(Error::memory(what, "a writable tensor", "a read-only one"));
         }

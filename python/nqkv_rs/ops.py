@@ -31,7 +31,6 @@ _LIBRARY.define(
 
 
 def _quantize_into(x: Any, codes: Any, fields: Any, *words: Any) -> None:
-    # Each call here costs as much as a kernel's launch takes to prepare.
     x = x.detach() if x.requires_grad else x
     if x.is_cuda:
         _core.cuda_quantize(x if x.is_contiguous() else x.contiguous(), codes, fields, *words)
@@ -60,11 +59,14 @@ def _dequantize(codes: Any, fields: Any, shape: Any, dtype: Any, *words: Any) ->
 
 
 for _device in ("CPU", "CUDA"):
-    _LIBRARY.impl("quantize_into", _quantize_into, _device)
     _LIBRARY.impl("quantize", _quantize, _device)
     _LIBRARY.impl("dequantize", _dequantize, _device)
 
 
+# No Python between them where tensors are borrowed without any, too: from PyTorch 2.11 on.
+_DIRECT = hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
+_LIBRARY.impl("quantize_into", _quantize_into, "CPU")
+_LIBRARY.impl("quantize_into", _core.cuda_quantize if _DIRECT else _quantize_into, "CUDA")
 _LIBRARY.impl("dequantize_into", _core.dequantize, "CPU")
 _LIBRARY.impl("dequantize_into", _core.cuda_dequantize, "CUDA")
 

@@ -136,7 +136,7 @@ impl FlatCodec {
         &self.spec
     }
 
-    fn arguments(&self, x: &Flat, packed: Packed) -> Result<Arguments> {
+    fn check(&self, x: &Flat, packed: Packed) -> Result<()> {
         self.spec.check(x.len, x.row)?;
         if x.dtype == Dtype::F64 {
             return Err(Error::dtype("x", "float32, float16 or bfloat16 on a CUDA device", "float64"));
@@ -145,16 +145,22 @@ impl FlatCodec {
         if !packed.fields.is_multiple_of(field) || !x.address.is_multiple_of(x.dtype.bytes() as u64) {
             return Err(Error::memory("x and fields", "memory aligned to its elements", "another address"));
         }
-        Ok(Arguments {
+        Ok(())
+    }
+
+    /// Two kilobytes, and as many again for each time that they are handed on: the checks stand apart.
+    fn arguments(&self, x: &Flat, packed: Packed, bad: u64) -> Arguments {
+        Arguments {
             x: x.address,
             out: x.address,
             codes: packed.codes,
             fields: packed.fields,
             n: x.len as i64,
             row: x.row.max(1) as i64,
+            bad,
             blocks_per_row: x.row.div_ceil(self.spec.block) as i32,
             ..self.arguments.clone()
-        })
+        }
     }
 }
 
@@ -197,8 +203,9 @@ impl FlatCodec {
     /// Addresses are of memory of `device`, as large as their types say, alive and unused by others until `stream` is past
     /// this.
     pub unsafe fn quantize(&self, device: &Device, stream: Stream, x: &Flat, to: Packed, bad: u64) -> Result<()> {
-        let (spec, mut a) = (&self.spec, self.arguments(x, to)?);
-        a.bad = bad;
+        self.check(x, to)?;
+        let spec = &self.spec;
+        let mut a = self.arguments(x, to, bad);
         let lanes = spec.block.is_power_of_two() && spec.block <= 256;
         let aligned = x.address.is_multiple_of(16) && to.codes.is_multiple_of(4);
         use Kernel as K;
@@ -232,7 +239,8 @@ impl FlatCodec {
     /// # Safety
     /// As for [`FlatCodec::quantize`].
     pub unsafe fn dequantize(&self, device: &Device, stream: Stream, from: Packed, out: &Flat) -> Result<()> {
-        let mut a = self.arguments(out, from)?;
+        self.check(out, from)?;
+        let mut a = self.arguments(out, from, 0);
         let aligned = out.address.is_multiple_of(16) && from.codes.is_multiple_of(4);
         let gapless = out.row == out.len || out.row.is_multiple_of(self.spec.block);
         use Kernel as K;

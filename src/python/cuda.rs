@@ -95,13 +95,23 @@ pub(super) fn cuda_quantize(
 ) -> PyResult<()> {
     let codec = codec(codebook, block, scale, scale_dtype, order)?;
     let spec = codec.spec();
-    let (x, codes, fields) = (OnDevice::new("x", x)?, OnDevice::new("codes", codes)?, OnDevice::new("fields", fields)?);
-    x.tensor.check_contiguous("x")?;
+    let (codes, fields) = (OnDevice::beside("codes", codes)?, OnDevice::beside("fields", fields)?);
+    let (object, mut x) = (x, OnDevice::new("x", x)?);
+    // PyTorch's dispatcher comes here with tensors as they are, since a wrapper in Python would take as long as all of this.
+    let copy = match x.tensor.check_contiguous("x") {
+        Ok(()) => None,
+        Err(_) if object.hasattr("contiguous")? => Some(object.call_method0("contiguous")?),
+        Err(e) => return Err(e.into()),
+    };
+    if let Some(copy) = &copy {
+        x = OnDevice::new("x", copy)?;
+        x.tensor.check_contiguous("x")?;
+    }
     let (n, row, device) = (x.tensor.len(), row(&x.tensor.shape, flat), x.tensor.device);
     let codes = bytes("codes", &codes, spec.codes_len(n), device)?;
     let fields = bytes("fields", &fields, spec.fields_len(n, row), device)?;
     let bad = match bad {
-        Some(bad) => bytes("bad", &OnDevice::new("bad", bad)?, 8, device)?,
+        Some(bad) => bytes("bad", &OnDevice::beside("bad", bad)?, 8, device)?,
         None => 0,
     };
     let tensor = flat::Flat { address: x.address(), dtype: x.tensor.float("x")?, len: n, row };
@@ -126,8 +136,9 @@ pub(super) fn cuda_dequantize(
 ) -> PyResult<()> {
     let codec = codec(codebook, block, scale, scale_dtype, order)?;
     let spec = codec.spec();
-    let (codes, fields, out) = (OnDevice::new("codes", codes)?, OnDevice::new("fields", fields)?, OnDevice::new("out", out)?);
-    out.tensor.check_output("out", &out.tensor.shape.clone())?;
+    let (codes, fields, out) =
+        (OnDevice::beside("codes", codes)?, OnDevice::beside("fields", fields)?, OnDevice::new("out", out)?);
+    out.tensor.check_writable("out")?;
     let (n, row, device) = (out.tensor.len(), row(&out.tensor.shape, flat), out.tensor.device);
     let codes = bytes("codes", &codes, spec.codes_len(n), device)?;
     let fields = bytes("fields", &fields, spec.fields_len(n, row), device)?;

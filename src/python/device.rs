@@ -3,6 +3,7 @@
 use std::ffi::c_void;
 use std::mem::MaybeUninit;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
@@ -25,21 +26,30 @@ struct Table(usize, *const DlExchangeApi);
 // SAFETY: the table is constant.
 unsafe impl Send for Table {}
 static TABLES: Mutex<Vec<Table>> = Mutex::new(Vec::new());
+/// The first of them whose type has a table, for a look without the lock.
+static FIRST: [AtomicUsize; 2] = [const { AtomicUsize::new(0) }; 2];
 
 /// What a tensor's type offers to C code: PyTorch from 2.11 on.
 fn exchange(object: &Bound<'_, PyAny>) -> Option<*const DlExchangeApi> {
-    let kind = object.get_type();
-    let key = kind.as_ptr() as usize;
+    let key = object.get_type_ptr() as usize;
+    if FIRST[0].load(Ordering::Acquire) == key {
+        return Some(FIRST[1].load(Ordering::Relaxed) as *const DlExchangeApi);
+    }
     let known = |tables: &[Table]| tables.iter().find(|t| t.0 == key).map(|t| t.1);
     let lock = || TABLES.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     if let Some(api) = known(&lock()) {
         return (!api.is_null()).then_some(api);
     }
     // Not under the lock: this runs Python.
+    let kind = object.get_type();
     let found = look_up(&kind).unwrap_or(std::ptr::null());
     let mut tables = lock();
     if known(&tables).is_none() {
         tables.push(Table(key, found));
+        if !found.is_null() && FIRST[0].load(Ordering::Relaxed) == 0 {
+            FIRST[1].store(found.expose_provenance(), Ordering::Relaxed);
+            FIRST[0].store(key, Ordering::Release);
+        }
         // The type lives on, so that its address is nobody else's.
         std::mem::forget(kind.unbind());
     }
@@ -61,6 +71,15 @@ fn look_up(kind: &Bound<'_, PyType>) -> Option<*const DlExchangeApi> {
 
 impl<'py> OnDevice<'py> {
     pub(super) fn new(what: &str, object: &Bound<'py, PyAny>) -> PyResult<Self> {
+        Self::borrow(what, object, true)
+    }
+
+    /// For a call whose stream another tensor gives: `stream` means nothing.
+    pub(super) fn beside(what: &str, object: &Bound<'py, PyAny>) -> PyResult<Self> {
+        Self::borrow(what, object, false)
+    }
+
+    fn borrow(what: &str, object: &Bound<'py, PyAny>, with_stream: bool) -> PyResult<Self> {
         if let Some(api) = exchange(object) {
             let mut tensor = MaybeUninit::<DlTensor>::uninit();
             // SAFETY: `look_up` checked version and functions; the object is of the type that offered them.
@@ -71,7 +90,7 @@ impl<'py> OnDevice<'py> {
                 }
                 let tensor = TensorRef::on(CUDA, what, tensor.assume_init_ref(), false)?;
                 let mut handle = std::ptr::null_mut();
-                if stream(CUDA, tensor.device, &raw mut handle) != 0 {
+                if with_stream && stream(CUDA, tensor.device, &raw mut handle) != 0 {
                     return Err(PyErr::fetch(object.py()));
                 }
                 (tensor, Stream(handle as usize))

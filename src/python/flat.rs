@@ -186,7 +186,7 @@ pub(super) fn dequantize(
     let codec = Codec::new(words, named)?;
     let (codes, fields) = (Borrowed::new("codes", codes)?, Borrowed::new("fields", fields)?);
     let out = Borrowed::new("out", out)?;
-    out.tensor.check_output("out", &out.tensor.shape.clone())?;
+    out.tensor.check_writable("out")?;
     let dtype = out.tensor.float("out")?;
     let (n, row, sizes) = (out.tensor.len(), codec.row(&out.tensor.shape), codec.sizes(&out.tensor.shape));
     let sources = (byte_input(&codes, "codes", sizes.0)?, byte_input(&fields, "fields", sizes.1)?);
@@ -217,7 +217,7 @@ impl<'a> SendRef<'a> {
 }
 
 fn byte_output(b: &Borrowed<'_>, what: &str, len: usize) -> Result<(usize, usize)> {
-    b.tensor.check_output(what, &b.tensor.shape.clone())?;
+    b.tensor.check_writable(what)?;
     byte_input(b, what, len)
 }
 

@@ -151,7 +151,13 @@ impl DeviceCache {
         self.ready -= tokens;
         let scheme = &self.codec.scheme;
         let (single, sink_tokens, window) = (scheme.writes_single_slots(), scheme.sink_tokens, scheme.residual_length);
-        for (s, reserved) in self.sequences.iter_mut().zip(&mut self.reserved) {
+        for (b, s) in self.sequences.iter_mut().enumerate() {
+            // Nearly every sequence of nearly every step, so that a batch of hundreds takes little of a call.
+            if !single && s.sinks == sink_tokens && s.tail + tokens < window + PAGE_TOKENS {
+                s.tail += tokens;
+                continue;
+            }
+            let reserved = &mut self.reserved[b];
             let sinks = tokens.min(sink_tokens - s.sinks);
             s.sinks += sinks;
             let mut left = tokens - sinks;
