@@ -53,5 +53,7 @@ template <class T> struct SealFast {
 }  // namespace nqkv
 using namespace nqkv;
 
-extern "C" __global__ void __launch_bounds__(512, 1) append_f16(const __grid_constant__ AppendArguments a) { append_tail<SealFast<__half>>(a); }
-extern "C" __global__ void __launch_bounds__(512, 1) append_bf16(const __grid_constant__ AppendArguments a) { append_tail<SealFast<__nv_bfloat16>>(a); }
+extern "C" __global__ void __launch_bounds__(512, 1) append_f16(const __grid_constant__ AppendArguments a) { append_tail<SealFast<__half>>(a, AsTheyCome()); }
+extern "C" __global__ void __launch_bounds__(512, 1) append_bf16(const __grid_constant__ AppendArguments a) { append_tail<SealFast<__nv_bfloat16>>(a, AsTheyCome()); }
+extern "C" __global__ void __launch_bounds__(512, 1) append_transformed_f16(const __grid_constant__ TransformedArguments a) { append_tail<SealFast<__half>>(a.append, Transformed<__half>{a.side}); }
+extern "C" __global__ void __launch_bounds__(512, 1) append_transformed_bf16(const __grid_constant__ TransformedArguments a) { append_tail<SealFast<__nv_bfloat16>>(a.append, Transformed<__nv_bfloat16>{a.side}); }

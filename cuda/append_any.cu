@@ -165,5 +165,7 @@ template <class T> struct SealAny {
 }  // namespace nqkv
 using namespace nqkv;
 
-extern "C" __global__ void __launch_bounds__(512, 1) append_any_f16(const __grid_constant__ AppendArguments a) { append_tail<SealAny<__half>>(a); }
-extern "C" __global__ void __launch_bounds__(512, 1) append_any_bf16(const __grid_constant__ AppendArguments a) { append_tail<SealAny<__nv_bfloat16>>(a); }
+extern "C" __global__ void __launch_bounds__(512, 1) append_any_f16(const __grid_constant__ AppendArguments a) { append_tail<SealAny<__half>>(a, AsTheyCome()); }
+extern "C" __global__ void __launch_bounds__(512, 1) append_any_bf16(const __grid_constant__ AppendArguments a) { append_tail<SealAny<__nv_bfloat16>>(a, AsTheyCome()); }
+extern "C" __global__ void __launch_bounds__(512, 1) append_any_transformed_f16(const __grid_constant__ TransformedArguments a) { append_tail<SealAny<__half>>(a.append, Transformed<__half>{a.side}); }
+extern "C" __global__ void __launch_bounds__(512, 1) append_any_transformed_bf16(const __grid_constant__ TransformedArguments a) { append_tail<SealAny<__nv_bfloat16>>(a.append, Transformed<__nv_bfloat16>{a.side}); }

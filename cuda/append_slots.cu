@@ -3,7 +3,7 @@
 // target: compute_80
 // isa: 8.0
 // expect: sm_90 LDG.E.128 >= 2
-#include "append.cuh"
+#include "append_transformed.cuh"
 
 namespace nqkv {
 
@@ -72,7 +72,7 @@ struct ValueCodes {
   }
 };
 
-template <class T> DEVICE void append_slots(const AppendArguments& a) {
+template <class T, class How> DEVICE void append_slots(const AppendArguments& a, const How& how) {
   const int b = blockIdx.y, lane = lane_of();
   const int4 n = __ldcg(a.counts + b);
   unsigned long long* table = a.table + b * a.capacity;
@@ -100,11 +100,14 @@ template <class T> DEVICE void append_slots(const AppendArguments& a) {
     // A block over several heads is counted over all, and has its place in each.
     block = s.domain == s.slabs ? k - domain * per : k - h * s.slabs / s.block;
   };
-  auto input = [&](const AppendSide& s, int t) {
-    return active ? __ldcg((const uint4*)(s.x + b * s.stride[0] + h * s.stride[1] + t * s.stride[2] + 2 * c)) : make_uint4(0, 0, 0, 0);
+  auto input = [&](int value, int t) {
+    const AppendSide& s = a.side[value];
+    // A rotation's channels are neighbours in a warp: src/cuda/append.rs makes sure.
+    if constexpr (How::TRANSFORMED) return how.number(s, value, b, h, t, c, active, ALL);
+    else return active ? __ldcg((const uint4*)(s.x + b * s.stride[0] + h * s.stride[1] + t * s.stride[2] + 2 * c)) : make_uint4(0, 0, 0, 0);
   };
   uint4 ahead = {};
-  if (first < works[0] + works[1]) locate(first), ahead = input(a.side[first >= works[0]], 0);
+  if (first < works[0] + works[1]) locate(first), ahead = input(first >= works[0], 0);
 
   const unsigned long long open = n.y > 0 ? __ldcg(table + n.y - 1) : 0, next = n.y < a.capacity ? __ldcg(table + n.y) & ADDRESS : 0;
   const int last = int(open >> 56), room = n.y > 0 && n.w ? PAGE_TOKENS - last : 0;
@@ -124,7 +127,7 @@ template <class T> DEVICE void append_slots(const AppendArguments& a) {
     const Thresholds below(thresholds[value]);
 #pragma unroll 1
     for (int t = 0; t < a.tokens; t++) {
-      const uint4 x = t == 0 && work == first ? ahead : input(s, t);
+      const uint4 x = t == 0 && work == first ? ahead : input(value, t);
       if (t < skip) {
         if (active) *(uint4*)exact_at(s.sinks, a, a.sink_slots, b, n.x + t, h, 2 * s.slabs, c / 8) = x;
         continue;
@@ -153,5 +156,7 @@ template <class T> DEVICE void append_slots(const AppendArguments& a) {
 }  // namespace nqkv
 using namespace nqkv;
 
-extern "C" __global__ void __launch_bounds__(256, 3) append_slots_f16(const __grid_constant__ AppendArguments a) { append_slots<__half>(a); }
-extern "C" __global__ void __launch_bounds__(256, 3) append_slots_bf16(const __grid_constant__ AppendArguments a) { append_slots<__nv_bfloat16>(a); }
+extern "C" __global__ void __launch_bounds__(256, 3) append_slots_f16(const __grid_constant__ AppendArguments a) { append_slots<__half>(a, AsTheyCome()); }
+extern "C" __global__ void __launch_bounds__(256, 3) append_slots_bf16(const __grid_constant__ AppendArguments a) { append_slots<__nv_bfloat16>(a, AsTheyCome()); }
+extern "C" __global__ void __launch_bounds__(256, 3) append_slots_transformed_f16(const __grid_constant__ TransformedArguments a) { append_slots<__half>(a.append, Transformed<__half>{a.side}); }
+extern "C" __global__ void __launch_bounds__(256, 3) append_slots_transformed_bf16(const __grid_constant__ TransformedArguments a) { append_slots<__nv_bfloat16>(a.append, Transformed<__nv_bfloat16>{a.side}); }

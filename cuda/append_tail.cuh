@@ -1,7 +1,7 @@
 // A step of decoding for schemes with a tail: few tokens go to sinks and tail, and a page that is full is sealed. What seals it is
 // the kernels' own, cuda/append.cu and cuda/append_any.cu: a struct with `prepare`, by all threads, and `seal`, by a group.
 #pragma once
-#include "append.cuh"
+#include "append_transformed.cuh"
 
 namespace nqkv {
 
@@ -35,10 +35,18 @@ struct Place {
   }
 };
 
+// Lanes for a token of at most `chunks` times 16 bytes, so that its numbers stay in one warp: a power of two.
+DEVICE int lanes_for(int chunks) { return chunks <= 2 ? 2 : 1 << (32 - __clz(chunks - 1)); }
+DEVICE uint32_t lanes_beside(int lanes) { return lanes == 32 ? ALL : ((1u << lanes) - 1) << (lane_of() & ~(lanes - 1)); }
+
 DEVICE uint4 load_shared(uint32_t from) {
   uint4 x;
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(from) : "memory");
   return x;
+}
+
+DEVICE void store_shared(uint32_t to, uint4 x) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
 }
 
 // Of a sequence whose page is sealed: in shared memory, since registers are for numbers.
@@ -48,12 +56,23 @@ struct Sealed {
 };
 
 // Copies the oldest tokens of tail and input of a head to shared memory.
-DEVICE void copy_half(const AppendArguments& a, const Group& group, const volatile Sealed& sealed, const AppendSide& s, int h, uint32_t to) {
+template <class How> DEVICE void copy_half(const AppendArguments& a, const How& how, const Group& group, const volatile Sealed& sealed, int value, int h, uint32_t to) {
+  const AppendSide& s = a.side[value];
   const int b = blockIdx.y, held = sealed.held, skip = sealed.skip;
+  if constexpr (How::TRANSFORMED) {
+    const int lanes = lanes_for(2 * s.slabs);
+    const Place place(group.thread, Group::THREADS, lanes);
+    const bool active = place.column < 2 * s.slabs;
+#pragma unroll 1
+    for (int row = held + place.row; row < PAGE_TOKENS; row += place.rows) {
+      const uint4 x = how.number(s, value, b, h, row - held + skip, 8 * place.column, active, lanes_beside(lanes));
+      if (active) store_shared(to + in_half(row, place.column), x);
+    }
+  }
   const Place place(group.thread, Group::THREADS, 2 * s.slabs);
   const uint8_t* x = s.x + b * s.stride[0] + h * s.stride[1] + 16 * place.column;
 #pragma unroll 2
-  for (int row = place.row; row < max(PAGE_TOKENS, min(held, STAGE_TOKENS)); row += place.rows) {
+  for (int row = place.row; row < (How::TRANSFORMED ? min(held, STAGE_TOKENS) : max(PAGE_TOKENS, min(held, STAGE_TOKENS))); row += place.rows) {
     const uint8_t* from = row < held ? exact_at(s.tail, a, a.tail_slots, b, row, h, 2 * s.slabs, place.column) : x + (row - held + skip) * s.stride[2];
     copy_16(to + in_half(row, place.column), from, true);
   }
@@ -110,7 +129,7 @@ template <class Seal, int SIDE> DEVICE void seal_unit(const AppendArguments& a, 
 }
 
 // Seals a page.
-template <class Seal> DEVICE void seal_units(const AppendArguments& a, const volatile Sealed& sealed) {
+template <class Seal, class How> DEVICE void seal_units(const AppendArguments& a, const How& how, const volatile Sealed& sealed) {
   extern __shared__ __align__(256) uint8_t shared[];
   const Group group;
   const int slabs = max(a.side[0].slabs, a.side[1].slabs), stage = (slabs + 3) / 4 * SLABS_BYTES;
@@ -119,28 +138,39 @@ template <class Seal> DEVICE void seal_units(const AppendArguments& a, const vol
   const Units units(a);
   const int first = units.first + group.number * a.share, end = min(first + a.share, units.end);
   auto copy = [&](int unit) {
-    if (unit < end) copy_half(a, group, sealed, a.side[unit % 2], unit / 2, stages + unit % 2 * stage);
+    if (unit < end) copy_half(a, how, group, sealed, unit % 2, unit / 2, stages + unit % 2 * stage);
     asm volatile("cp.async.commit_group;" ::: "memory");
   };
-  copy(first);
+  if constexpr (!How::TRANSFORMED) copy(first);
   Seal::prepare(a, shared);
   __syncthreads();
+  // A transform is much code: once, a step ahead.
 #pragma unroll 1
-  for (int unit = first; unit < end; unit++) {
+  for (int unit = How::TRANSFORMED ? first - 1 : first; unit < end; unit++) {
     copy(unit + 1);
+    if (How::TRANSFORMED && unit < first) continue;
     if (unit % 2 == 0) seal_unit<Seal, 0>(a, group, sealed, unit / 2, stages, stages + 2 * stage, shared);
     else seal_unit<Seal, 1>(a, group, sealed, unit / 2, stages + stage, stages + 2 * stage, shared);
   }
 }
 
 // Copies new tokens to sinks and tail.
-struct Copy {
+template <class How> struct Copy {
+  const How& how;
   Units units;
   Place place;
-  DEVICE explicit Copy(const AppendArguments& a) : units(a), place(threadIdx.x, blockDim.x, 2 * max(a.side[0].slabs, a.side[1].slabs)) {}
+  DEVICE static int chunks(const AppendArguments& a) {
+    const int most = 2 * max(a.side[0].slabs, a.side[1].slabs);
+    return How::TRANSFORMED ? lanes_for(most) : most;
+  }
+  DEVICE explicit Copy(const AppendArguments& a, const How& how) : how(how), units(a), place(threadIdx.x, blockDim.x, chunks(a)) {}
   DEVICE bool mine(const AppendArguments& a, int unit) const { return unit < units.end && place.column < 2 * a.side[unit % 2].slabs; }
   DEVICE uint4 input(const AppendArguments& a, int unit, int t) const {
     const AppendSide& s = a.side[unit % 2];
+    if constexpr (How::TRANSFORMED) {
+      if (unit >= units.end) return make_uint4(0, 0, 0, 0);
+      return how.number(s, unit % 2, blockIdx.y, unit / 2, t, 8 * place.column, mine(a, unit), lanes_beside(chunks(a)));
+    }
     if (!mine(a, unit)) return make_uint4(0, 0, 0, 0);
     return __ldcg((const uint4*)(s.x + blockIdx.y * s.stride[0] + unit / 2 * s.stride[1] + t * s.stride[2] + 16 * place.column));
   }
@@ -162,10 +192,10 @@ struct Copy {
   }
 };
 
-template <class Seal> DEVICE void append_tail(const AppendArguments& a) {
+template <class Seal, class How> DEVICE void append_tail(const AppendArguments& a, const How& how) {
   const int b = blockIdx.y;
   const int4 n = __ldcg(a.counts + b);
-  const Copy copy(a);
+  const Copy<How> copy(a, how);
   // While the counts come.
   const uint4 ahead = copy.input(a, copy.units.first + copy.place.row, 0);
 
@@ -178,20 +208,30 @@ template <class Seal> DEVICE void append_tail(const AppendArguments& a) {
     entry = n.y < a.capacity ? __ldcg(table + n.y) & ADDRESS : 0;
     if (entry == 0) return;
   }
+  __shared__ Sealed sealed;
+  if (How::TRANSFORMED && threadIdx.x == 0) sealed = {entry, n.z, skip, n.x};
   if (settles(a.arrived + b)) {
     a.counts[b] = make_int4(n.x + skip, n.y + seals, seals ? length - PAGE_TOKENS : length, n.w);
     if (seals) table[n.y] = entry | (unsigned long long)PAGE_TOKENS << 56;
   }
-  if (!seals) {
+  if constexpr (How::TRANSFORMED) {
+    if (seals) {
+      seal_units<Seal>(a, how, sealed);
+      __syncthreads();
+    } else {
+      copy.put(a, make_int2(n.x, n.z - skip), skip, copy.units.first + copy.place.row, 0, ahead);
+    }
+    const int first = sealed.held - sealed.skip - (seals ? PAGE_TOKENS : 0);
+    Copy<How>(a, how).rest(a, make_int2(sealed.sinks, first), sealed.skip, seals ? 0 : 1);
+  } else if (!seals) {
     copy.put(a, make_int2(n.x, n.z - skip), skip, copy.units.first + copy.place.row, 0, ahead);
     copy.rest(a, make_int2(n.x, n.z - skip), skip, 1);
   } else {
-    __shared__ Sealed sealed;
     if (threadIdx.x == 0) sealed = {entry, n.z, skip, n.x};
     __syncthreads();
-    seal_units<Seal>(a, sealed);
+    seal_units<Seal>(a, how, sealed);
     __syncthreads();
-    Copy(a).rest(a, make_int2(sealed.sinks, sealed.held - sealed.skip - PAGE_TOKENS), sealed.skip, 0);
+    Copy<How>(a, how).rest(a, make_int2(sealed.sinks, sealed.held - sealed.skip - PAGE_TOKENS), sealed.skip, 0);
   }
 }
 

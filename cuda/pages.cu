@@ -5,163 +5,9 @@
 // A sequence on the device is four counts, a table, and exact tokens. The table's entries are row addresses with the valid
 // count in the top byte; entries beyond the pages in use are rows that the host has reserved (count 0), so that nothing is
 // allocated here. A stream of tokens is what the tail holds, then what comes in; pages are cut from its front.
-#include "page.cuh"
-
-struct Counts {
-  int sinks, pages, tail, open;  // open: the last page may be written to (single slots)
-};
-
-struct Tensor {
-  const uint8_t* data;
-  long long stride[4];  // batch, heads, tokens, dim, in elements
-  long long dtype;
-};
-
-struct CacheArguments {
-  const Codec* codec;
-  Counts* counts;
-  unsigned long long* table;
-  uint8_t* sinks[2];
-  uint8_t* tail[2];
-  int* arrived;
-  Tensor x[2];
-  long long capacity;  // entries of a sequence's table
-  int with_pages;
-  int vectors;         // tokens are 16-bit numbers that are kept as they are, to be copied 16 bytes at a time
-  int tokens, padding;
-};
+#include "pages.cuh"
 
 namespace nqkv {
-
-constexpr unsigned long long ADDRESS = (1ull << 56) - 1;
-
-DEVICE double load(const uint8_t* data, long long at, int dtype) {
-  switch (dtype) {
-    case F64: return ((const double*)data)[at];
-    case F32: return ((const float*)data)[at];
-    case F16: return __half2float(((const __half*)data)[at]);
-    default: return __bfloat162float(((const __nv_bfloat16*)data)[at]);
-  }
-}
-
-// One rounding, from the number as it came.
-DEVICE void store(uint8_t* data, long long at, int dtype, double x) {
-  switch (dtype) {
-    case F64: ((double*)data)[at] = x; break;
-    case F32: ((float*)data)[at] = __double2float_rn(x); break;
-    case F16: ((__half*)data)[at] = __double2half(x); break;
-    default: ((__nv_bfloat16*)data)[at] = __double2bfloat16(x);
-  }
-}
-
-// An input element, rounded to the exact dtype, as fp32.
-DEVICE float exact_input(const CacheArguments& a, int side, int b, int h, int t, int c) {
-  const Tensor& x = a.x[side];
-  const double v = load(x.data, b * x.stride[0] + h * x.stride[1] + t * x.stride[2] + c * x.stride[3], int(x.dtype));
-  switch (a.codec->exact) {
-    case F16: return __half2float(__double2half(v));
-    case BF: return __bfloat162float(__double2bfloat16(v));
-    default: return __double2float_rn(v);
-  }
-}
-
-// Place of an exact token's element in sinks or tail: [batch][slot][heads][dim].
-DEVICE long long exact_at(const Codec& codec, const Side& s, int slots, int b, int slot, int h, int c) {
-  return (((long long)b * slots + slot) * codec.heads + h) * s.dim + c;
-}
-
-// Tokens of the stream of sequence b: what the tail holds, then the input past what goes to the sinks.
-struct Stream {
-  int tail, skip;
-  DEVICE Stream(const CacheArguments& a, const Counts& n)
-      : tail(n.tail), skip(min(a.tokens, a.codec->sink_slots - n.sinks)) {}
-  DEVICE int length(const CacheArguments& a) const { return tail + a.tokens - skip; }
-  DEVICE float number(const CacheArguments& a, int side, int b, int h, int i, int c) const {
-    const Codec& codec = *a.codec;
-    if (i >= tail) return exact_input(a, side, b, h, i - tail + skip, c);
-    return float(load(a.tail[side], exact_at(codec, codec.side[side], codec.tail_slots, b, i, h, c), codec.exact));
-  }
-};
-
-DEVICE void put_fields(const Side& s, uint8_t* half, int scale_at, int zero_at, Fields f) {
-  if ((threadIdx.x & 31) == 0) {
-    write_field(half + scale_at, f.scale, s.scale_dtype);
-    if (s.fields == 2) write_field(half + zero_at, f.zero, s.scale_dtype);
-  }
-}
-
-// Writes tokens first..first + count of head h into its half of a page; `number(i, h, c)` is element c of the i-th of them.
-// Any scheme: a warp for each block, then a thread for each byte of codes.
-template <class F> DEVICE void write_half(const Codec& codec, const Side& s, uint8_t* half, int h, int first, int count, F number) {
-  __shared__ float room[8][2][MAX_BLOCK];
-  const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  if (!s.per_token) {
-    const int groups = PAGE_TOKENS / s.group;
-#pragma unroll 1
-    for (int e = warp; e < s.stored * groups; e += warps) {
-      const int c = e / groups, g = e % groups, channel = channel_at(codec, s, h, c);
-      const Fields f = fields_by_warp(room[warp][0], room[warp][1], s.group, s.kind, s.scale_dtype, [&](int i) {
-        return channel < s.dim ? number(g * s.group + i, h, channel) : 0.f;
-      });
-      put_fields(s, half, channel_field(s, g, c, 0), channel_field(s, g, c, 1), f);
-    }
-  } else {
-#pragma unroll 1
-    for (int e = warp; e < count * s.blocks; e += warps) {
-      const int i = e / s.blocks, b = e % s.blocks;
-      Fields f;
-      if (s.spans_heads) {
-        const int all = codec.heads * s.dim, start = min((h * s.dim / s.block + b) * s.block, all);
-        f = fields_by_warp(room[warp][0], room[warp][1], min(start + s.block, all) - start, s.kind, s.scale_dtype, [&](int j) {
-          return number(i, (start + j) / s.dim, (start + j) % s.dim);
-        });
-      } else {
-        // Padding has no part in a block; in an ordered half it may stand anywhere.
-        const int start = b * s.block, end = min(start + s.block, s.stored);
-        int members = 0;
-        for (int c = start; c < end; c++) members += channel_at(codec, s, h, c) < s.dim;
-        f = fields_by_warp(room[warp][0], room[warp][1], members, s.kind, s.scale_dtype, [&](int j) {
-          int c = start;
-          if (s.ordered) {
-            for (;; c++)
-              if (channel_at(codec, s, h, c) < s.dim && j-- == 0) break;
-          } else {
-            c += j;
-          }
-          return number(i, h, channel_at(codec, s, h, c));
-        });
-      }
-      put_fields(s, half, token_field(s, first + i, b, 0), token_field(s, first + i, b, 1), f);
-    }
-  }
-  __syncthreads();
-#pragma unroll 1
-  for (int at = threadIdx.x; at < s.code_bytes; at += blockDim.x) {
-    int slab = 0;
-    while (slab + 1 < s.stored / SLAB_CHANNELS && at >= s.offset[slab + 1]) slab++;
-    const int width = s.width[slab];
-    int inside = at - s.offset[slab], p = first_plane(width), shift = 0;
-    if (inside >= p * 128) inside -= p * 128, shift = p, p = width - p;
-    const Book& book = s.book[width];
-    uint32_t byte = half[at];
-    bool any = false;
-#pragma unroll 1
-    for (int k = 0; k < 8 / p; k++) {
-      int n, c;
-      at_slot(s.is_value, inside * 8 / p + k, n, c);
-      if (n < first || n >= first + count) continue;
-      c += slab * SLAB_CHANNELS;
-      const Fields f = fields_of_code(s, half, h, n, c);
-      const int channel = channel_at(codec, s, h, c);
-      const float rest = s.per_token ? f.zero : 0.f;
-      const float x = channel < s.dim ? number(n - first, h, channel) : rest;
-      const uint32_t mask = (1u << p) - 1, code = count_below((x - f.zero) * inverse(f.scale), book.threshold, book.levels);
-      byte = (byte & ~(mask << (k * p))) | (code >> shift & mask) << (k * p);
-      any = true;
-    }
-    if (any) half[at] = uint8_t(byte);
-  }
-}
 
 DEVICE uint8_t* half_of(const Codec& codec, unsigned long long entry, int h, int side) {
   return (uint8_t*)(entry & ADDRESS) + (long long)h * codec.page_bytes + (side ? codec.value_offset : 0);
@@ -243,8 +89,20 @@ DEVICE void settle_exact(const CacheArguments& a, const Counts& n, const Stream&
   }
 }
 
-// The same, 16 bytes at a time.
-DEVICE void settle_vectors(const CacheArguments& a, const Counts& n, const Stream& stream, int sealed, int b, int h) {
+// Eight numbers in shared memory as exact tokens hold them.
+DEVICE uint4 exact_eight(const float* x, int exact) {
+  uint32_t w[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const float low = x[2 * i], high = x[2 * i + 1];
+    if (exact == F16) w[i] = __half_as_ushort(__float2half_rn(low)) | uint32_t(__half_as_ushort(__float2half_rn(high))) << 16;
+    else w[i] = __bfloat16_as_ushort(__float2bfloat16_rn(low)) | uint32_t(__bfloat16_as_ushort(__float2bfloat16_rn(high))) << 16;
+  }
+  return make_uint4(w[0], w[1], w[2], w[3]);
+}
+
+// The same, 16 bytes at a time; `SHARED`: the input is fp32 in shared memory.
+template <bool SHARED> DEVICE void settle_vectors(const CacheArguments& a, const Counts& n, const Stream& stream, int sealed, int b, int h) {
   const Codec& codec = *a.codec;
   const int length = stream.length(a), kept = max(n.tail - sealed, 0), from = max(n.tail, sealed);
 #pragma unroll 1
@@ -253,7 +111,11 @@ DEVICE void settle_vectors(const CacheArguments& a, const Counts& n, const Strea
     const Tensor& x = a.x[side];
     const int chunks = s.dim / 8, rows = unsigned(blockDim.x) / unsigned(chunks), row = threadIdx.x / unsigned(chunks), c = (threadIdx.x - row * chunks) * 8;
     const bool mine = row < rows;
-    auto input = [&](int t) { return __ldcg((const uint4*)(x.data + 2 * (b * x.stride[0] + h * x.stride[1] + t * x.stride[2] + c))); };
+    auto input = [&](int t) {
+      const long long at = b * x.stride[0] + h * x.stride[1] + t * x.stride[2] + c;
+      if constexpr (SHARED) return exact_eight((const float*)x.data + at, codec.exact);
+      else return __ldcg((const uint4*)(x.data + 2 * at));
+    };
     auto exact = [&](uint8_t* data, int slots, int slot) { return (uint4*)(data + 2 * exact_at(codec, s, slots, b, slot, h, c)); };
     for (int t = row; mine && t < stream.skip; t += rows) *exact(a.sinks[side], codec.sink_slots, n.sinks + t) = input(t);
     if (codec.single_slots) continue;
@@ -324,10 +186,15 @@ extern "C" __global__ void __launch_bounds__(256, 3) pages_seal(const __grid_con
   if (piece_of(a, table, n, stream, blockIdx.x, piece)) write_piece(a, table, stream, piece, b, h, side);
 }
 
-// Sinks, tail, table and counts, and before them, if `with_pages`, the pages that are due: so a few tokens take one launch.
-// Block (head, sequence). Not with pages for schemes with a tail whose blocks span heads: those need tails that other blocks
-// move.
-extern "C" __global__ void __launch_bounds__(256, 3) pages_append(const __grid_constant__ CacheArguments a) {
+struct TransformedArguments {
+  CacheArguments append;
+  Transform side[2];
+  int dim[2], heads, padding;  // heads whose tokens a block reads: its own, or all
+};
+
+namespace nqkv {
+
+template <bool SHARED> DEVICE void append_pages(const CacheArguments& a) {
   const int h = blockIdx.x, b = blockIdx.y;
   const Counts n = a.counts[b];
   const unsigned long long* table = a.table + b * a.capacity;
@@ -340,9 +207,55 @@ extern "C" __global__ void __launch_bounds__(256, 3) pages_append(const __grid_c
     __syncthreads();
   }
   const int due = a.codec->single_slots ? 0 : pages_due(*a.codec, stream.length(a));
-  if (a.vectors) settle_vectors(a, n, stream, due * PAGE_TOKENS, b, h);
+  if (a.vectors) settle_vectors<SHARED>(a, n, stream, due * PAGE_TOKENS, b, h);
   else settle_exact(a, n, stream, due * PAGE_TOKENS, b, h);
   settle_counts(a, n, stream, due, b);
+}
+
+// Transforms the tokens that this block reads, into shared memory, with the roundings of a tensor like the input: fp32 numbers,
+// [heads or 1][tokens][dim] of keys, then of values. `a` becomes the same append from there.
+DEVICE void transform_input(const TransformedArguments& all, CacheArguments& a, float* numbers) {
+  const int b = blockIdx.y, tokens = all.append.tokens, rows = all.heads * tokens, lane = threadIdx.x & 31;
+  static_assert(sizeof(CacheArguments) % 8 == 0, "copied in pieces of 8 bytes");
+#pragma unroll 1
+  for (int i = threadIdx.x; i < int(sizeof(CacheArguments) / 8); i += blockDim.x)
+    ((unsigned long long*)&a)[i] = ((const unsigned long long*)&all.append)[i];
+  __syncthreads();
+  if (threadIdx.x < 2) {
+    const int side = threadIdx.x, dim = all.dim[side];
+    a.x[side] = {(const uint8_t*)(numbers + side * rows * all.dim[0]), {0, all.heads > 1 ? (long long)tokens * dim : 0, dim, 1}, F32};
+  }
+#pragma unroll 1
+  for (int i = threadIdx.x / 32; i < 2 * rows; i += blockDim.x / 32) {
+    const int side = i >= rows, row = side ? i - rows : i, t = row % tokens, h = all.heads > 1 ? row / tokens : blockIdx.x, dim = all.dim[side];
+    const Tensor& x = all.append.x[side];
+    float* to = numbers + side * rows * all.dim[0] + row * dim;
+    float v[SHARE];
+    read_row(v, x.data, b * x.stride[0] + h * x.stride[1] + t * x.stride[2], x.stride[3], dim, int(x.dtype));
+    transform_row(all.side[side], v, to, dim, b, h, t);
+#pragma unroll
+    for (int j = 0; j < SHARE; j++) {
+      if (x.dtype == F16) v[j] = __half2float(__float2half_rn(v[j]));
+      if (x.dtype == BF) v[j] = __bfloat162float(__float2bfloat16_rn(v[j]));
+      if (lane + 32 * j < dim) to[lane + 32 * j] = v[j];
+    }
+  }
+  __syncthreads();
+}
+
+}  // namespace nqkv
+
+// Sinks, tail, table and counts, and before them, if `with_pages`, the pages that are due: so a few tokens take one launch.
+// Block (head, sequence). Not with pages for schemes with a tail whose blocks span heads: those need tails that other blocks
+// move.
+extern "C" __global__ void __launch_bounds__(256, 3) pages_append(const __grid_constant__ CacheArguments a) { append_pages<false>(a); }
+
+// The same of few tokens, with pages, after a transform.
+extern "C" __global__ void __launch_bounds__(256, 2) pages_append_transformed(const __grid_constant__ TransformedArguments all) {
+  extern __shared__ float numbers[];
+  __shared__ CacheArguments a;
+  transform_input(all, a, numbers);
+  append_pages<true>(a);
 }
 
 struct ReadArguments {

@@ -13,7 +13,7 @@ from nqkv_rs import _attend, _core
 from nqkv_rs._arguments import whole
 from nqkv_rs.cache import LayerCache
 from nqkv_rs.scheme import Scheme
-from nqkv_rs.transform import Transform, transform
+from nqkv_rs.transform import Transform, parts_of, transform
 
 __all__ = ["CudaLayerCache"]
 
@@ -172,6 +172,13 @@ class CudaLayerCache:
             ValueError: a wrong shape.
             TypeError: a wrong dtype or device.
         """
+        if keys is None and values is None:
+            self.core.append(k, v, self._make_room)
+            return
+        # A step of decoding transforms in its one launch; what cannot, takes a launch for each.
+        parts = parts_of("keys", keys), parts_of("values", values)
+        if self.core.append(k, v, self._make_room, *parts):
+            return
         k = k if keys is None else transform(k, keys)
         v = v if values is None else transform(v, values)
         self.core.append(k, v, self._make_room)

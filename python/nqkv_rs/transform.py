@@ -55,6 +55,15 @@ class Transform:
         return cos, sin, bool(self.interleaved), centre, bool(self.hadamard)
 
 
+def parts_of(what: str, how: Transform | None) -> tuple[Any, Any, bool, Any, bool] | None:
+    """:meth:`Transform.parts` of an argument that may be None."""
+    if how is None:
+        return None
+    if not isinstance(how, Transform):
+        raise TypeError(f"{what}: expected a Transform, got {type(how).__name__}")
+    return how.parts()
+
+
 def _float32(x: Any) -> Any:
     if hasattr(x, "detach"):
         return x.detach().float().contiguous()

@@ -6,6 +6,7 @@ use super::codec::{book_offsets, kind_number, scale_dtype_number};
 use super::paged::{Blocks, Pages, blocks_of};
 use super::room::DeviceView;
 use super::seal::in_unit_cells;
+use super::transform::TransformArgument;
 use super::{Kernel, Stream};
 use crate::codec::{ScaleDtype, ScaleKind};
 use crate::error::Result;
@@ -61,7 +62,26 @@ struct AppendArguments {
     share: i32,
     side: [AppendSide; 2],
 }
+/// `TransformedArguments` of `cuda/append_transformed.cuh`.
+#[repr(C)]
+struct TransformedArguments {
+    append: AppendArguments,
+    side: [TransformArgument; 2],
+}
 const _: () = assert!(size_of::<AppendSide>() == 104 && size_of::<AppendArguments>() == 64 + 2 * 104);
+
+impl AppendSide {
+    /// Whether kernels transform tokens on their way: what lanes exchange then are numbers of one warp.
+    fn transforms(&self, how: &TransformArgument, single: bool) -> bool {
+        let [dim, block] = [self.slabs, self.block].map(|slabs| slabs as usize * SLAB_CHANNELS);
+        // Lanes of single slots follow their blocks: a rotation lies inside one, or is some of them without gaps.
+        let beside = how.block() == 0
+            || !single
+            || block.is_multiple_of(how.block())
+            || (block.is_power_of_two() && dim.is_multiple_of(block));
+        how.by_eights() && beside
+    }
+}
 
 /// What of a codec decides how a step seals.
 #[derive(Debug, Clone, Copy)]
@@ -148,22 +168,36 @@ impl Pages<'_> {
         })
     }
 
-    /// Appends few tokens to every sequence, with the pages that they fill, if it can.
+    /// Appends few tokens to every sequence, transformed before if `how` says so, with the pages that they fill, if it can.
     ///
     /// # Safety
-    /// As for [`super::DeviceCache::append`].
-    pub(super) unsafe fn append(&self, k: &DeviceView, v: &DeviceView, stream: Stream) -> Result<bool> {
+    /// As for [`super::DeviceCache::append_transformed`].
+    pub(super) unsafe fn append(
+        &self,
+        k: &DeviceView,
+        v: &DeviceView,
+        how: Option<&[TransformArgument; 2]>,
+        stream: Stream,
+    ) -> Result<bool> {
         let (Some(key), Some(value)) = (self.append_side(false, k), self.append_side(true, v)) else { return Ok(false) };
         let scheme = &self.codec.scheme;
+        let single = scheme.writes_single_slots();
+        if how.is_some_and(|how| !key.transforms(&how[0], single) || !value.transforms(&how[1], single)) {
+            return Ok(false);
+        }
         let (heads, half) = (self.codec.heads, matches!(self.exact, Dtype::F16));
-        let (kernel, blocks, threads, shared) = if scheme.writes_single_slots() {
+        let (kernels, blocks, threads, shared) = if single {
             let warps = |s: &AppendSide| {
                 let [domain, block, lanes] = [s.domain, s.block, s.lanes].map(|n| n as usize);
                 (domain.div_ceil(block) * (s.slabs as usize * heads / domain) * lanes).div_ceil(32)
             };
             let most = (self.device.processors() * 3 / self.batch).max(1);
             let blocks = (warps(&key) + warps(&value)).div_ceil(GROUP / 32).min(most);
-            (if half { Kernel::AppendSlotsF16 } else { Kernel::AppendSlotsBf16 }, blocks, GROUP, 0)
+            let kernels = match half {
+                true => [Kernel::AppendSlotsF16, Kernel::AppendSlotsTransformedF16],
+                false => [Kernel::AppendSlotsBf16, Kernel::AppendSlotsTransformedBf16],
+            };
+            (kernels, blocks, GROUP, 0)
         } else {
             let slabs = key.slabs.max(value.slabs) as usize;
             let group = slabs.div_ceil(4) * 2 * STAGE + 512 * slabs;
@@ -176,15 +210,15 @@ impl Pages<'_> {
             }
             // More than one block for a sequence costs a trip to memory: only where a page is much work.
             let blocks = (2 * heads).div_ceil(6 * groups).min((self.device.processors() / self.batch).max(1));
-            let kernel = match (fast, half) {
-                (true, true) => Kernel::AppendF16,
-                (true, false) => Kernel::AppendBf16,
-                (false, true) => Kernel::AppendAnyF16,
-                (false, false) => Kernel::AppendAnyBf16,
+            let kernels = match (fast, half) {
+                (true, true) => [Kernel::AppendF16, Kernel::AppendTransformedF16],
+                (true, false) => [Kernel::AppendBf16, Kernel::AppendTransformedBf16],
+                (false, true) => [Kernel::AppendAnyF16, Kernel::AppendAnyTransformedF16],
+                (false, false) => [Kernel::AppendAnyBf16, Kernel::AppendAnyTransformedBf16],
             };
-            (kernel, blocks, GROUP * groups, common + groups * group)
+            (kernels, blocks, GROUP * groups, common + groups * group)
         };
-        let mut a = AppendArguments {
+        let a = AppendArguments {
             counts: self.room.counts,
             table: self.room.table,
             arrived: self.room.arrived,
@@ -199,7 +233,10 @@ impl Pages<'_> {
             share: (2 * heads).div_ceil(blocks * (threads / GROUP)) as i32,
             side: [key, value],
         };
+        // A kernel without transforms takes the first part.
+        let mut a = TransformedArguments { append: a, side: how.copied().unwrap_or_default() };
         let argument: *mut c_void = (&raw mut a).cast();
+        let kernel = kernels[usize::from(how.is_some())];
         // SAFETY: the one parameter is this struct; the addresses in it are the room's and the caller's tensors.
         unsafe { self.device.launch(kernel, (blocks, self.batch, 1), threads, shared, stream, &mut [argument])? };
         Ok(true)

@@ -1,5 +1,7 @@
 //! Parameters of the kernels in `cuda/pages.cu`, as they lie in memory.
 
+use super::transform::TransformArgument;
+
 /// `Tensor` of `cuda/pages.cu`.
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -23,6 +25,16 @@ pub(super) struct CacheArguments {
     pub(super) with_pages: i32,
     pub(super) vectors: i32,
     pub(super) tokens: i32,
+    pub(super) padding: i32,
+}
+
+/// `TransformedArguments` of `cuda/pages.cu`.
+#[repr(C)]
+pub(super) struct CacheTransformed {
+    pub(super) append: CacheArguments,
+    pub(super) side: [TransformArgument; 2],
+    pub(super) dim: [i32; 2],
+    pub(super) heads: i32,
     pub(super) padding: i32,
 }
 

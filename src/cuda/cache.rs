@@ -14,12 +14,13 @@ use std::ffi::c_void;
 use std::sync::Arc;
 
 use super::append::Step;
-use super::arguments::{CacheArguments, ReadArguments, TensorArgument};
+use super::arguments::{CacheArguments, CacheTransformed, ReadArguments};
 use super::codec::dtype_number;
 use super::driver::{Device, Stream, device};
-use super::kernels::Kernel;
+use super::kernels::{Kernel, TRANSFORMED_BYTES};
 use super::paged::Pages;
 use super::room::{DeviceView, Room, Sizes};
+use super::transform::DeviceTransform;
 use crate::cache::parts::{self, Page};
 use crate::cache::pool::{Extent, Row};
 use crate::cache::{Keep, Memory, PageEntry};
@@ -227,39 +228,16 @@ impl DeviceCache {
         if tokens == 0 || self.batch() == 0 {
             return Ok(());
         }
-        if tokens > self.ready || self.is_stale() {
-            self.reserve(tokens, stream)?;
-        }
+        self.make_ready(tokens, stream)?;
         let room = self.room()?;
         let pages = self.as_pages(&room);
         // SAFETY: the caller's promise.
-        if tokens <= FEW_TOKENS && unsafe { pages.append(k, v, stream)? } {
+        if tokens <= FEW_TOKENS && unsafe { pages.append(k, v, None, stream)? } {
             self.count(tokens);
             return Ok(());
         }
-        let tensor = |x: &DeviceView| TensorArgument {
-            data: x.address,
-            stride: x.strides.map(|s| s as i64),
-            dtype: dtype_number(x.dtype) as i64,
-        };
-        let mut a = CacheArguments {
-            codec: room.codec,
-            counts: room.counts,
-            table: room.table,
-            sinks: room.sinks,
-            tail: room.tail,
-            arrived: room.arrived,
-            x: [tensor(k), tensor(v)],
-            capacity: room.capacity as i64,
-            with_pages: 0,
-            vectors: i32::from(pages.vectors(false, k) && pages.vectors(true, v)),
-            tokens: tokens as i32,
-            padding: 0,
-        };
-        let scheme = &self.codec.scheme;
-        let single = scheme.writes_single_slots();
-        let spans = scheme.key.span == Span::Heads || scheme.value.span == Span::Heads;
-        a.with_pages = i32::from(tokens <= FEW_TOKENS && (single || !spans));
+        let mut a = pages.arguments(k, v);
+        a.with_pages = i32::from(tokens <= FEW_TOKENS && !self.seals_apart());
         let argument: *mut c_void = (&raw mut a).cast();
         // Grids do not depend on counts, so that a CUDA graph may hold them.
         if a.with_pages == 0 {
@@ -275,6 +253,64 @@ impl DeviceCache {
         }
         self.launch(Kernel::PagesAppend, (self.codec.heads, self.batch(), 1), 256, stream, argument)?;
         self.count(tokens);
+        Ok(())
+    }
+
+    /// [`DeviceCache::append`] of keys and values that are transformed on their way in, by the same launch: false, and nothing
+    /// done, where that takes launches of its own.
+    ///
+    /// # Safety
+    /// As for [`DeviceCache::append`]; so are the transforms' parts.
+    pub unsafe fn append_transformed(
+        &mut self,
+        k: &DeviceView,
+        v: &DeviceView,
+        how: &[DeviceTransform; 2],
+        stream: Stream,
+    ) -> Result<bool> {
+        let tokens = self.check_append(k, v)?;
+        let how = [how[0].argument(k.shape)?, how[1].argument(v.shape)?];
+        if tokens == 0 || self.batch() == 0 {
+            return Ok(true);
+        }
+        if tokens > FEW_TOKENS || self.seals_apart() {
+            return Ok(false);
+        }
+        self.make_ready(tokens, stream)?;
+        let room = self.room()?;
+        let pages = self.as_pages(&room);
+        // SAFETY: the caller's promise.
+        if !unsafe { pages.append(k, v, Some(&how), stream)? } {
+            let scheme = &self.codec.scheme;
+            let spans = scheme.key.span == Span::Heads || scheme.value.span == Span::Heads;
+            let heads = if spans { self.codec.heads } else { 1 };
+            let shared = size_of::<f32>() * heads * tokens * (k.shape[3] + v.shape[3]);
+            if shared > TRANSFORMED_BYTES {
+                return Ok(false);
+            }
+            let dense = |x: &DeviceView| DeviceView { address: 0, strides: [0, 0, x.shape[3] as isize, 1], ..*x };
+            let vectors = pages.vectors(false, &dense(k)) && pages.vectors(true, &dense(v));
+            let append = CacheArguments { with_pages: 1, vectors: i32::from(vectors), ..pages.arguments(k, v) };
+            let mut a =
+                CacheTransformed { append, side: how, dim: [k, v].map(|x| x.shape[3] as i32), heads: heads as i32, padding: 0 };
+            let (grid, argument): (_, *mut c_void) = ((self.codec.heads, self.batch(), 1), (&raw mut a).cast());
+            // SAFETY: the one parameter is this struct; the addresses in it are the room's and the caller's tensors.
+            unsafe { self.device.launch(Kernel::PagesAppendTransformed, grid, 256, shared, stream, &mut [argument])? };
+        }
+        self.count(tokens);
+        Ok(true)
+    }
+
+    /// Whether pages are sealed by a launch of their own: blocks over heads read tails that others move.
+    fn seals_apart(&self) -> bool {
+        let scheme = &self.codec.scheme;
+        !scheme.writes_single_slots() && (scheme.key.span == Span::Heads || scheme.value.span == Span::Heads)
+    }
+
+    fn make_ready(&mut self, tokens: usize, stream: Stream) -> Result<()> {
+        if tokens > self.ready || self.is_stale() {
+            self.reserve(tokens, stream)?;
+        }
         Ok(())
     }
 

@@ -64,18 +64,25 @@ kernels! {
     "append": [
         AppendF16 = "append_f16",
         AppendBf16 = "append_bf16",
+        AppendTransformedF16 = "append_transformed_f16",
+        AppendTransformedBf16 = "append_transformed_bf16",
     ],
     "append_any": [
         AppendAnyF16 = "append_any_f16",
         AppendAnyBf16 = "append_any_bf16",
+        AppendAnyTransformedF16 = "append_any_transformed_f16",
+        AppendAnyTransformedBf16 = "append_any_transformed_bf16",
     ],
     "append_slots": [
         AppendSlotsF16 = "append_slots_f16",
         AppendSlotsBf16 = "append_slots_bf16",
+        AppendSlotsTransformedF16 = "append_slots_transformed_f16",
+        AppendSlotsTransformedBf16 = "append_slots_transformed_bf16",
     ],
     "pages": [
         PagesSeal = "pages_seal",
         PagesAppend = "pages_append",
+        PagesAppendTransformed = "pages_append_transformed",
         PagesRead = "pages_read",
         PagesSet = "pages_set",
     ],
@@ -103,6 +110,9 @@ kernels! {
     ],
 }
 
+/// Transformed tokens of an append that goes the general way.
+pub(super) const TRANSFORMED_BYTES: usize = 60 << 10;
+
 impl Kernel {
     /// Dynamic shared memory that a launch may ask for.
     pub(super) fn shared_bytes(self) -> usize {
@@ -122,7 +132,16 @@ impl Kernel {
             | Self::SealValuesF16
             | Self::SealValuesBf16 => 16384 + 8 * 3 * 2048,
             // Two tables of codes, then two halves of a page and its codes for each group.
-            Self::AppendF16 | Self::AppendBf16 | Self::AppendAnyF16 | Self::AppendAnyBf16 => usize::MAX,
+            Self::AppendF16
+            | Self::AppendBf16
+            | Self::AppendTransformedF16
+            | Self::AppendTransformedBf16
+            | Self::AppendAnyF16
+            | Self::AppendAnyBf16
+            | Self::AppendAnyTransformedF16
+            | Self::AppendAnyTransformedBf16 => usize::MAX,
+            // Beside its 33 KB of other shared memory, where a block may have 99.
+            Self::PagesAppendTransformed => TRANSFORMED_BYTES,
             _ => 0,
         }
     }

@@ -2,7 +2,9 @@
 //! `cuda/pages.cu`, with the same bits.
 
 use super::Device;
-use super::room::Room;
+use super::arguments::{CacheArguments, TensorArgument};
+use super::codec::dtype_number;
+use super::room::{DeviceView, Room};
 use crate::page::{FieldAxis, SLAB_CHANNELS};
 use crate::scheme::Span;
 use crate::seal::{PageCodec, SideCodec};
@@ -45,6 +47,29 @@ pub(super) fn blocks_of(pages: &Pages<'_>, side: &SideCodec, value: bool) -> Opt
 }
 
 impl Pages<'_> {
+    /// As the general way takes an append.
+    pub(super) fn arguments(&self, k: &DeviceView, v: &DeviceView) -> CacheArguments {
+        let tensor = |x: &DeviceView| TensorArgument {
+            data: x.address,
+            stride: x.strides.map(|s| s as i64),
+            dtype: dtype_number(x.dtype) as i64,
+        };
+        CacheArguments {
+            codec: self.room.codec,
+            counts: self.room.counts,
+            table: self.room.table,
+            sinks: self.room.sinks,
+            tail: self.room.tail,
+            arrived: self.room.arrived,
+            x: [tensor(k), tensor(v)],
+            capacity: self.room.capacity as i64,
+            with_pages: 0,
+            vectors: i32::from(self.vectors(false, k) && self.vectors(true, v)),
+            tokens: k.shape[2] as i32,
+            padding: 0,
+        }
+    }
+
     pub(super) fn side(&self, value: bool) -> &SideCodec {
         if value { &self.codec.value } else { &self.codec.key }
     }

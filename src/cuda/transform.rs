@@ -58,6 +58,19 @@ struct TransformArguments {
 }
 const _: () = assert!(size_of::<TransformArgument>() == 48 && size_of::<TransformArguments>() == 48 + 48 + 24);
 
+impl TransformArgument {
+    /// Whether 8 numbers of a head that lie side by side turn or do not, and angles and centres can be read 16 bytes at a time.
+    pub(super) fn by_eights(&self) -> bool {
+        let aligned = [self.cos, self.sin, self.centre].iter().all(|address| address.is_multiple_of(16));
+        aligned && self.pairs % 8 == 0
+    }
+
+    /// Channels that are rotated together; 0: none.
+    pub(super) fn block(&self) -> usize {
+        self.block as usize
+    }
+}
+
 impl DeviceTransform {
     /// As kernels take it, for a `[batch, heads, tokens, dim]` tensor.
     pub(super) fn argument(&self, shape: [usize; 4]) -> Result<TransformArgument> {

@@ -9,8 +9,9 @@ use pyo3::sync::MutexExt;
 use super::cache::{LayerCache, page_shape, pool_memory};
 use super::cuda::bytes;
 use super::device::OnDevice;
+use super::transform::Parts;
 use crate::cache::Keep;
-use crate::cuda::{self, DeviceView, Room, Stream};
+use crate::cuda::{self, DeviceTransform, DeviceView, Room, Stream};
 use crate::dlpack::Element;
 use crate::error::Error;
 use crate::scheme::Scheme;
@@ -106,8 +107,8 @@ pub(super) fn view(what: &str, x: &OnDevice<'_>, device: i32) -> PyResult<Device
     let t = &x.tensor;
     let dtype = t.float(what)?;
     let wrong = || Error::shape(what, "4 dimensions [batch, heads, tokens, dim]", format!("{:?}", t.shape));
-    let shape: [usize; 4] = t.shape.as_slice().try_into().map_err(|_| wrong())?;
-    let strides: [isize; 4] = t.strides.as_slice().try_into().map_err(|_| wrong())?;
+    let shape: [usize; 4] = t.shape[..].try_into().map_err(|_| wrong())?;
+    let strides: [isize; 4] = t.strides[..].try_into().map_err(|_| wrong())?;
     Ok(DeviceView { address: x.address(), dtype, shape, strides })
 }
 
@@ -243,7 +244,7 @@ impl CudaLayerCache {
             let expected = format!("[rows, {}, {}]", expected[0], expected[1]);
             return Err(Error::shape("pool", expected, format!("{:?}", x.tensor.shape)).into());
         }
-        x.tensor.check_output("pool", &x.tensor.shape.clone())?;
+        x.tensor.check_writable("pool")?;
         if !x.address().is_multiple_of(128) {
             return Err(Error::memory("pool", "memory aligned to 128 bytes", format!("address {:#x}", x.address())).into());
         }
@@ -263,28 +264,52 @@ impl CudaLayerCache {
         Ok(self.change(py, |cache| unsafe { cache.move_to(room, keep, &from, stream) })?)
     }
 
-    /// Appends; `grow`, if there is one, is called with the number of tokens if they need more memory than there is.
-    #[pyo3(signature = (k, v, grow=None))]
-    fn append(&self, k: &Bound<'_, PyAny>, v: &Bound<'_, PyAny>, grow: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
+    /// Appends; `grow`, if there is one, is called with the number of tokens if they need more memory than there is. False, and
+    /// nothing done, if transforming takes a launch of its own.
+    #[pyo3(signature = (k, v, grow=None, keys=None, values=None))]
+    fn append(
+        &self,
+        k: &Bound<'_, PyAny>,
+        v: &Bound<'_, PyAny>,
+        grow: Option<&Bound<'_, PyAny>>,
+        keys: Option<Parts<'_>>,
+        values: Option<Parts<'_>>,
+    ) -> PyResult<bool> {
         let py = k.py();
         // Not under the lock: this may run Python, and another thread.
-        let (k, v) = (OnDevice::new("k", k)?, OnDevice::new("v", v)?);
+        let (k, v) = (OnDevice::new("k", k)?, OnDevice::beside("v", v)?);
+        let (key, value) = (view("k", &k, k.tensor.device)?, view("v", &v, v.tensor.device)?);
+        let how = match (keys, values) {
+            (None, None) => None,
+            (keys, values) => {
+                let on = |parts: Option<Parts<'_>>, x: &OnDevice<'_>, view: &DeviceView| match parts {
+                    Some(parts) => parts.on(x.tensor.device, view.shape),
+                    None => Ok(DeviceTransform::default()),
+                };
+                Some([on(keys, &k, &key)?, on(values, &v, &value)?])
+            }
+        };
         let mut cache = self.look(py);
         let device = cache.device().ordinal() as i32;
-        let (keys, values) = (view("k", &k, device)?, view("v", &v, device)?);
-        let tokens = keys.shape[2];
+        k.check_device("k", device)?;
+        v.check_device("v", device)?;
+        let tokens = key.shape[2];
         while let Some(grow) = grow
             && cache.must_grow(tokens)
         {
-            cache.check_append(&keys, &values)?;
+            cache.check_append(&key, &value)?;
             cache.device().check_uncaptured(k.stream, "rows are added before the capture, with reserve()")?;
             drop(cache);
             grow.call1((tokens,))?;
             cache = self.look(py);
         }
-        // SAFETY: borrowed tensors of this device; asynchronous as any launch on their stream.
-        unsafe { cache.append(&keys, &values, k.stream)? };
-        Ok(())
+        let Some(how) = how else {
+            // SAFETY: borrowed tensors of this device; asynchronous as any launch on their stream.
+            unsafe { cache.append(&key, &value, k.stream)? };
+            return Ok(true);
+        };
+        // SAFETY: as above.
+        Ok(unsafe { cache.append_transformed(&key, &value, &how, k.stream)? })
     }
 
     /// Reserves what appending `tokens` takes; `like` gives the stream.
@@ -299,7 +324,7 @@ impl CudaLayerCache {
 
     /// Tokens from `start` on of every sequence into `[batch, heads, tokens, dim]`; zeros past a sequence's end.
     fn read(&self, py: Python<'_>, start: usize, k_out: &Bound<'_, PyAny>, v_out: &Bound<'_, PyAny>) -> PyResult<()> {
-        let (k, v) = (OnDevice::new("k_out", k_out)?, OnDevice::new("v_out", v_out)?);
+        let (k, v) = (OnDevice::new("k_out", k_out)?, OnDevice::beside("v_out", v_out)?);
         let mut cache = self.look(py);
         let device = cache.device().ordinal() as i32;
         let (a, b) = (view("k_out", &k, device)?, view("v_out", &v, device)?);

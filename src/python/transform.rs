@@ -102,9 +102,9 @@ pub(super) mod on_device {
         /// For a `[batch, heads, tokens, dim]` tensor on a device.
         pub(crate) fn on(self, device: i32, [_, heads, tokens, dim]: [usize; 4]) -> PyResult<DeviceTransform> {
             let Parts(cos, sin, interleaved, centre, hadamard) = self;
-            let cos = cos.as_ref().map(|x| OnDevice::new("cos", x)).transpose()?;
-            let sin = sin.as_ref().map(|x| OnDevice::new("sin", x)).transpose()?;
-            let centre = centre.as_ref().map(|x| OnDevice::new("centre", x)).transpose()?;
+            let cos = cos.as_ref().map(|x| OnDevice::beside("cos", x)).transpose()?;
+            let sin = sin.as_ref().map(|x| OnDevice::beside("sin", x)).transpose()?;
+            let centre = centre.as_ref().map(|x| OnDevice::beside("centre", x)).transpose()?;
             let mut made = DeviceTransform {
                 cos: address("cos", cos.as_ref(), device, 3)?,
                 sin: address("sin", sin.as_ref(), device, 3)?,
@@ -126,7 +126,7 @@ pub(super) mod on_device {
                 }
             }
             if let Some(c) = &centre
-                && c.tensor.shape != [heads, dim]
+                && c.tensor.shape[..] != [heads, dim]
             {
                 return Err(Error::shape("centre", format!("[{heads}, {dim}]"), format!("{:?}", c.tensor.shape)).into());
             }
@@ -137,7 +137,7 @@ pub(super) mod on_device {
     /// The same on a CUDA device, on the stream of `x`.
     #[pyfunction]
     pub(in crate::python) fn cuda_transform(x: &Bound<'_, PyAny>, out: &Bound<'_, PyAny>, parts: Parts<'_>) -> PyResult<()> {
-        let (x, out) = (OnDevice::new("x", x)?, OnDevice::new("out", out)?);
+        let (x, out) = (OnDevice::new("x", x)?, OnDevice::beside("out", out)?);
         let device = x.tensor.device;
         let (from, to) = (view("x", &x, device)?, view("out", &out, device)?);
         out.tensor.check_output("out", &x.tensor.shape)?;
