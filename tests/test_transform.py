@@ -152,3 +152,13 @@ def test_a_host_array_is_refused_where_a_device_is_meant() -> None:
     x = np.ones((1, 2, 3, 32), np.float32)
     with pytest.raises(TypeError, match="x: expected an array on a CUDA device, got one on DLPack"):
         _core.cuda_transform(x, x, Transform().parts())
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_parts_are_read_at_each_use(dtype: Any) -> None:
+    x, centre = RNG.standard_normal((1, 2, 3, 32)).astype(np.float32), np.zeros((2, 32), dtype)
+    how = Transform(centre=centre)
+    np.testing.assert_array_equal(transform(x, how), x)
+    centre += 1
+    np.testing.assert_array_equal(transform(x, how), x - np.float32(1))
+    np.testing.assert_array_equal(transform(x, how), x - np.float32(1))

@@ -162,6 +162,10 @@ class CudaLayerCache:
     ) -> None:
         """Append the same number of tokens to every sequence.
 
+        Up to 16 tokens are transformed by the launch that appends them, which a CUDA graph may
+        hold: its replays read cosines, sines and centres where they lie. More tokens, and large
+        batches of schemes without a fast way, take a launch and a copy for each transform.
+
         Args:
             k: keys, ``[batch, kv_heads, tokens, key_dim]``, any float dtype and strides.
             v: values.

@@ -47,12 +47,20 @@ class Transform:
 
     def parts(self) -> tuple[Any, Any, bool, Any, bool]:
         """As the core takes them: float32, contiguous."""
+        known: tuple[Any, Any, bool, Any, bool] | None = self.__dict__.get("_parts")
+        if known is not None:
+            return known
         pair = self.rope
         if pair is not None and (not isinstance(pair, (tuple, list)) or len(pair) != 2):
             raise TypeError(f"rope: expected a pair (cos, sin), got {type(pair).__name__}")
         cos, sin = (None, None) if pair is None else map(_float32, pair)
         centre = None if self.centre is None else _float32(self.centre)
-        return cos, sin, bool(self.interleaved), centre, bool(self.hadamard)
+        parts = cos, sin, bool(self.interleaved), centre, bool(self.hadamard)
+        given = (*(pair or (None, None)), self.centre)
+        # Kept for the next step, unless one is a copy: what is written to the original counts.
+        if all(map(_same_memory, given, (cos, sin, centre))) and not isinstance(pair, list):
+            object.__setattr__(self, "_parts", parts)
+        return parts
 
 
 def parts_of(what: str, how: Transform | None) -> tuple[Any, Any, bool, Any, bool] | None:
@@ -62,6 +70,12 @@ def parts_of(what: str, how: Transform | None) -> tuple[Any, Any, bool, Any, boo
     if not isinstance(how, Transform):
         raise TypeError(f"{what}: expected a Transform, got {type(how).__name__}")
     return how.parts()
+
+
+def _same_memory(given: Any, taken: Any) -> bool:
+    if given is taken:
+        return True
+    return hasattr(given, "data_ptr") and bool(given.data_ptr() == taken.data_ptr())
 
 
 def _float32(x: Any) -> Any:

@@ -285,7 +285,8 @@ impl DeviceCache {
             let spans = scheme.key.span == Span::Heads || scheme.value.span == Span::Heads;
             let heads = if spans { self.codec.heads } else { 1 };
             let shared = size_of::<f32>() * heads * tokens * (k.shape[3] + v.shape[3]);
-            if shared > TRANSFORMED_BYTES {
+            // Two blocks to a processor: where some have to wait for others, launches of their own are over sooner.
+            if shared > TRANSFORMED_BYTES || self.codec.heads * self.batch() > 2 * self.device.processors() {
                 return Ok(false);
             }
             let dense = |x: &DeviceView| DeviceView { address: 0, strides: [0, 0, x.shape[3] as isize, 1], ..*x };
