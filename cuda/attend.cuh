@@ -31,14 +31,18 @@ struct AttendArguments {
   int parts_shared;  // where, after the first stage, shared memory has room for warps' parts; 0: they go to `partial`
   float scale, soft_cap;
   uint16_t level[2][16];  // keys, values: fp16
+  const uint8_t* codec;   // the codec of page.cuh, for attend_widths.cuh
+  int key_codes;          // bytes of a page's keys without fields
+  int ordered;            // channels of keys have an order of each head
+  uint8_t key_slabs[8];   // of 8, 6, 5, 4, 3, 2, 1 and 0 bits
 };
-static_assert(sizeof(AttendArguments) == 272, "as in src/cuda/attend.rs");
+static_assert(sizeof(AttendArguments) == 296, "as in src/cuda/attend.rs");
 
 namespace nqkv {
 
 constexpr unsigned long long ADDRESS = (1ull << 56) - 1;
 constexpr int COLUMNS = 8, TILE_TOKENS = 16, EXACT = 128, TAIL = 256;
-constexpr int TABLE_BYTES = 65536, TABLE_AT = 1024;  // where the table begins in shared memory, an address that is a constant
+constexpr int TABLE_AT = 1024;  // where the table begins in shared memory, an address that is a constant
 constexpr float LOG2E = 1.4426950408889634f, NOTHING = -1e30f;
 
 // What a kernel is compiled for: D channels of a head; keys with fields per channel (scale, mean) or one scale per token; values
@@ -54,7 +58,10 @@ template <int D_, bool PER_TOKEN_, int BLOCK_, bool BULK_> struct Shape {
   static constexpr bool QUERIES_SHARED = D > 128;
   static constexpr int KEY_ROOM = BULK ? KEY_BYTES : KEY_FIELDS, QUERIES_AT = KEY_ROOM + (BULK ? VALUE_BYTES : VALUE_FIELDS);
   static constexpr int STAGE = QUERIES_AT + (QUERIES_SHARED ? 256 * SLABS : 0);
-  static constexpr int FIELDS_AT = BULK ? CODES : 0;  // in each half of it
+  static constexpr int KEY_FIELDS_AT = BULK ? CODES : 0, VALUE_FIELDS_AT = KEY_FIELDS_AT;  // in each half of it
+  static constexpr bool WIDE = false, ORDERED = false, FEW = false;  // other widths, channels in an order of each head: attend_widths.cuh
+  static constexpr int KEY_CODES = CODES, VALUE_CODES = CODES, TABLES = 65536;
+  static constexpr int RAW = 4;                       // words of a lane for a slab
   static constexpr int PARTS = BULK ? 1 : 2;          // of a warp that have room of their own; with a page's room, the last one goes there
   static constexpr int MOST_WARPS = (BULK ? D > 128 || D == 96 : D >= 96 && !PER_TOKEN) ? 8 : 12;  // as in src/cuda/attend.rs: as many as registers allow
 };

@@ -1,6 +1,6 @@
 // Decode attention on pages: the kernel. See attend_loop.cuh.
 #pragma once
-#include "attend_loop.cuh"
+#include "attend_widths.cuh"
 
 namespace nqkv {
 
@@ -66,7 +66,7 @@ template <class S> struct Room {
     uint8_t* const dynamic = shared_memory();
     // Dynamic shared memory begins at or before TABLE_AT; the launch has room for the difference.
     table = dynamic + (TABLE_AT - shared_address(dynamic));
-    stages = table + TABLE_BYTES;
+    stages = table + S::TABLES;
     barriers = (uint64_t*)(stages + warps * S::STAGE);
     parts = (Part*)(barriers + 2 * warps);
     facts = (Facts*)(parts + 2 * warps);
@@ -183,16 +183,17 @@ template <class S> DEVICE void merge(const AttendArguments& a) {
 
 template <class S> DEVICE void load_keys(const AttendArguments& a, Raw<S>& raw, const Item& x) {
   if (x.exact()) load_exact(raw, Rows(x.keys, opaque(a.heads) * 2 * S::D, x.tokens()));
+  else if constexpr (S::WIDE && !S::BULK) stream_keys(raw, x.keys);
   else load_page(raw, x.keys + (threadIdx.x & 31) * 16);
 }
 
 // A page's halves on their way into a warp's room: all of them, or the fields.
-template <class S> DEVICE void copy_keys(uint32_t to, const Item& x, uint32_t barrier) {
-  if constexpr (!S::BULK) copy_fields<S::KEY_FIELDS>(to, x.keys + S::CODES);
-  else if ((threadIdx.x & 31) == 0) bulk_copy(to, x.keys, S::KEY_BYTES, barrier);
+template <class S> DEVICE void copy_keys(const AttendArguments& a, uint32_t to, const Item& x, uint32_t barrier) {
+  if constexpr (!S::BULK) copy_fields<S::KEY_FIELDS>(to, x.keys + S::KEY_CODES);
+  else if ((threadIdx.x & 31) == 0) bulk_copy(to, x.keys, S::ORDERED ? a.value_offset : S::KEY_BYTES, barrier);
 }
 template <class S> DEVICE void copy_values(const AttendArguments& a, uint32_t to, const Item& x, uint32_t barrier) {
-  if constexpr (!S::BULK) copy_fields<S::VALUE_FIELDS>(to, x.values(a) + S::CODES);
+  if constexpr (!S::BULK) copy_fields<S::VALUE_FIELDS>(to, x.values(a) + S::VALUE_CODES);
   else if ((threadIdx.x & 31) == 0) bulk_copy(to, x.values(a), S::VALUE_BYTES, barrier);
 }
 
@@ -237,9 +238,10 @@ template <class S> DEVICE void attend(const AttendArguments& a) {
     q.fetch(a, walk.facts->unit.b, walk.facts->unit.h, walk.facts->unit.column);
     x = walk.current(a, begin, 2 * S::D);
     if (!S::BULK) load_keys(a, raw, x);
-    if (!x.exact()) copy_keys<S>(keys, x, barrier), copy_values<S>(a, values, x, barrier + 8);
+    if (!x.exact()) copy_keys<S>(a, keys, x, barrier), copy_values<S>(a, values, x, barrier + 8);
   }
-  fill_table<S::D == 128 || S::D == 64 ? 4 : 1>(a, table);
+  if constexpr (S::WIDE) fill_wide<S>(a, table);
+  else fill_table<S::D == 128 || S::D == 64 ? 4 : 1>(a, table);
   __syncthreads();
   if (begin < end) {
     State<S> state;
@@ -253,14 +255,20 @@ template <class S> DEVICE void attend(const AttendArguments& a) {
       float score[4][4];
       if (!S::BULK) await_fields();
       if (x.exact()) {
-        if (S::BULK) load_keys(a, raw, x);
-        exact_scores(score[0], a, q, raw);
-        load_exact(raw, Rows(x.values(a), opaque(a.heads) * 2 * S::D, x.tokens()));
+        if constexpr (S::ORDERED) load_ordered(a, raw, x, walk.facts->unit.h);
+        else if constexpr (S::BULK && !S::FEW) load_keys(a, raw, x);
+        if constexpr (S::FEW) {
+          exact_scores_again(score[0], a, q, Rows(x.keys, opaque(a.heads) * 2 * S::D, x.tokens()));
+        } else {
+          exact_scores(score[0], a, q, raw);
+          load_exact(raw, Rows(x.values(a), opaque(a.heads) * 2 * S::D, x.tokens()));
+        }
       } else if constexpr (S::BULK) {
         await_barrier(barrier, phase);
-        page_scores(score, q, Staged{keys + lane * 16}, keys + S::FIELDS_AT, lane4);
+        if constexpr (S::ORDERED) mixed_scores(score, a, q, keys, lane4);
+        else page_scores(score, q, staged<S, 0>(keys), keys + S::KEY_FIELDS_AT, lane4);
       } else {
-        page_scores(score, q, Streamed<S>{raw, x.values(a) + lane * 16}, keys + S::FIELDS_AT, lane4);
+        page_scores(score, q, streamed<S, 0>(raw, x.values(a)), keys + S::KEY_FIELDS_AT, lane4);
       }
       if (a.soft_cap > 0.f) {
         if (x.exact()) cap_scores((float(&)[1][4])score, a.soft_cap);
@@ -275,11 +283,12 @@ template <class S> DEVICE void attend(const AttendArguments& a) {
       if (more) y = walk.current(a, at + 1, 2 * S::D);
       const bool page = more && !y.exact();
       __syncwarp();
-      if (page) copy_keys<S>(keys, y, barrier);
+      if (page) copy_keys<S>(a, keys, y, barrier);
       if (x.exact()) {
         uint32_t weight[2];
         weigh<S, 1>(weight, (float(&)[1][4])score, state);
-        add_exact(state, a, weight, raw);
+        if constexpr (S::FEW) add_exact_again(state, a, weight, Rows(x.values(a), opaque(a.heads) * 2 * S::D, x.tokens()));
+        else add_exact(state, a, weight, raw);
         if (page) copy_values<S>(a, values, y, barrier + 8);
         if (!S::BULK && more) load_keys(a, raw, y);
       } else {
@@ -287,15 +296,15 @@ template <class S> DEVICE void attend(const AttendArguments& a) {
         weigh<S, 4>(weight, score, state);
         Scales<S> scale;
         if (S::BULK) await_barrier(barrier + 8, phase), phase ^= 1;
-        scale.load(values + S::FIELDS_AT, x.tokens());
+        scale.load(values + S::VALUE_FIELDS_AT, x.tokens());
         if constexpr (S::BULK) {
-          add_page(state, weight, Staged{values + lane * 16}, scale, lane4);
+          add_page(state, weight, staged<S, 1>(values), scale, lane4);
           __syncwarp();
           if (page) copy_values<S>(a, values, y, barrier + 8);
         } else {
           __syncwarp();
           if (page) copy_values<S>(a, values, y, barrier + 8);
-          add_page(state, weight, Streamed<S>{raw, page ? y.keys + lane * 16 : nullptr}, scale, lane4);
+          add_page(state, weight, streamed<S, 1>(raw, page ? y.keys : nullptr), scale, lane4);
         }
         if (!S::BULK && more && !page) load_keys(a, raw, y);
       }
@@ -336,4 +345,11 @@ template <class S> DEVICE void attend(const AttendArguments& a) {
   extern "C" __global__ void __launch_bounds__(32 * nqkv::Shape<D, PER_TOKEN, BLOCK, BULK>::MOST_WARPS, 1)                        \
       NAME(const __grid_constant__ AttendArguments a) {                                                                          \
     nqkv::attend<nqkv::Shape<D, PER_TOKEN, BLOCK, BULK>>(a);                                                                      \
+  }
+
+// Keys of KEY bits, or mixed, and values of VALUE bits.
+#define ATTEND_WIDE(NAME, D, PER_TOKEN, BLOCK, BULK, KEY, VALUE)                                                                  \
+  extern "C" __global__ void __launch_bounds__(32 * nqkv::Wide<D, PER_TOKEN, BLOCK, BULK, KEY, VALUE>::MOST_WARPS, 1)             \
+      NAME(const __grid_constant__ AttendArguments a) {                                                                          \
+    nqkv::attend<nqkv::Wide<D, PER_TOKEN, BLOCK, BULK, KEY, VALUE>>(a);                                                           \
   }

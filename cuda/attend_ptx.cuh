@@ -31,11 +31,21 @@ DEVICE uint2 load_pair(uint32_t address) {
   asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));
   return v;
 }
+DEVICE uint32_t load_one(uint32_t address) {
+  uint32_t v;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(address));
+  return v;
+}
 DEVICE void store_pair(uint32_t address, uint2 v) { asm volatile("st.shared.v2.b32 [%0], {%1,%2};" ::"r"(address), "r"(v.x), "r"(v.y) : "memory"); }
 // Of what does not change any more.
 template <int OFFSET> DEVICE uint32_t load_word(uint32_t address) {
   uint32_t d;
   asm("ld.shared.b32 %0, [%1 + %2];" : "=r"(d) : "r"(address), "n"(OFFSET));
+  return d;
+}
+template <int OFFSET> DEVICE uint2 load_words(uint32_t address) {
+  uint2 d;
+  asm("ld.shared.v2.b32 {%0,%1}, [%2 + %3];" : "=r"(d.x), "=r"(d.y) : "r"(address), "n"(OFFSET));
   return d;
 }
 DEVICE float exp2_of(float x) {
@@ -51,6 +61,17 @@ DEVICE int opaque(int x) {
 // Memory that is read once, OFFSET bytes from an address that a lane keeps.
 template <int OFFSET> DEVICE void load_once(uint32_t (&r)[4], const uint8_t* from) {
   asm volatile("ld.global.nc.L1::no_allocate.v4.b32 {%0,%1,%2,%3}, [%4 + %5];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "l"(from), "n"(OFFSET));
+}
+template <int OFFSET> DEVICE void load_once_2(uint32_t* r, const uint8_t* from) {
+  asm volatile("ld.global.nc.L1::no_allocate.v2.b32 {%0,%1}, [%2 + %3];" : "=r"(r[0]), "=r"(r[1]) : "l"(from), "n"(OFFSET));
+}
+template <int OFFSET> DEVICE void load_once_1(uint32_t* r, const uint8_t* from) {
+  asm volatile("ld.global.nc.L1::no_allocate.b32 %0, [%1 + %2];" : "=r"(r[0]) : "l"(from), "n"(OFFSET));
+}
+// 32 bytes: both halves are of one sector, which the first load brings to the L1.
+template <int OFFSET> DEVICE void load_32(uint32_t* r, const uint8_t* from) {
+  asm volatile("ld.global.nc.v4.b32 {%0,%1,%2,%3}, [%4 + %5];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "l"(from), "n"(OFFSET));
+  asm volatile("ld.global.nc.v4.b32 {%0,%1,%2,%3}, [%4 + %5];" : "=r"(r[4]), "=r"(r[5]), "=r"(r[6]), "=r"(r[7]) : "l"(from), "n"(OFFSET + 16));
 }
 DEVICE void ask_for(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 // 16 bytes into shared memory, there after `await_copies`.

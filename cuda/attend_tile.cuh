@@ -46,6 +46,17 @@ template <class S> struct State {
   }
 };
 
+// Channels of head h in stored order, as 16-bit numbers; null if that is the model's.
+DEVICE const uint16_t* order_of(const AttendArguments& a, int h, int dim) {
+  return a.ordered ? (const uint16_t*)((const Codec*)a.codec + 1) + h * dim : nullptr;
+}
+// The channels at stored places c and c + 1; and numbers of a row there.
+DEVICE uint32_t channels_at(const uint16_t* order, int c) { return order ? __ldg((const uint32_t*)(order + c)) : uint32_t(c) | uint32_t(c + 1) << 16; }
+DEVICE uint32_t gathered(const uint8_t* row, uint32_t channels) {
+  const uint16_t* const x = (const uint16_t*)row;
+  return uint32_t(__ldg(x + (channels & 0xffff))) | uint32_t(__ldg(x + (channels >> 16))) << 16;
+}
+
 // Queries of 8 columns as B operands. Each column is multiplied by a power of two, so that its largest number is in
 // [0.5, 1) * 2^14: then products with a page's scales neither vanish in fp16 for scales down to 1e-6, nor overflow for scales below
 // 2. Where a page has larger ones, the column comes down to [0.5, 1) and stays there.
@@ -65,11 +76,20 @@ template <class S> struct Queries {
     const bool have = c < a.queries * group;
     const int query = a.queries == 1 ? 0 : c / group, head = h * group + c - query * group;
     const uint8_t* from = a.q + opaque(sequence) * a.q_stride[0] + head * a.q_stride[1] + query * a.q_stride[2] + 4 * t;
+    if constexpr (S::ORDERED) gather(have, order_of(a, h, S::D), from - 4 * t);
+    else follow(have, from);
+  }
+  DEVICE void follow(bool have, const uint8_t* from) {
 #pragma unroll
     for (int j = 0; j < S::SLABS; j++) {
       b[j][0] = have ? __ldg((const uint32_t*)(from + 32 * j)) : 0;
       b[j][1] = have ? __ldg((const uint32_t*)(from + 32 * j + 16)) : 0;
     }
+  }
+  // The same, with channels in an order of their own.
+  DEVICE void gather(bool have, const uint16_t* order, const uint8_t* row) {
+#pragma unroll
+    for (int i = 0; i < 2 * S::SLABS; i++) b[i / 2][i % 2] = have ? gathered(row, channels_at(order, 8 * i + 2 * (threadIdx.x & 3))) : 0;
   }
   DEVICE void prepare(const AttendArguments& a) {
     const int t = threadIdx.x & 3;
@@ -113,7 +133,7 @@ template <class S> struct Queries {
 // Codes, or exact numbers, of one side of a tile, on their way from memory: as many as a lane's registers hold. A slab is read
 // again as soon as it is used, for the side that comes next.
 template <class S> struct Raw {
-  uint32_t slab[S::SLABS][4];
+  uint32_t slab[S::SLABS][S::RAW];
   // Of a page: each lane 16 bytes.
   template <int J> DEVICE void page(const uint8_t* from) { load_once<512 * J>(slab[J], from); }
   // Of 16 exact tokens: pairs of channels of tokens g and g + 8. Zeros beyond the count.
@@ -147,15 +167,20 @@ template <class S> DEVICE void load_page(Raw<S>& raw, const uint8_t* codes) {
 
 // Codes of a page's half in shared memory.
 struct Staged {
+  static constexpr int WORDS = 4;
   uint32_t at;  // this lane's 16 bytes of slab 0
   template <int J> DEVICE void get(uint32_t (&w)[4]) const {
     const uint4 x = load_shared(at + 512 * J);
     w[0] = x.x, w[1] = x.y, w[2] = x.z, w[3] = x.w;
   }
   template <int J> DEVICE void used() const {}
+  template <int SIDE> static DEVICE void multiply(float (&c)[4], const uint32_t (&w)[4], int x, uint32_t lane4, uint32_t b0, uint32_t b1) {
+    multiply_codes<SIDE>(c, w[x], lane4, b0, b1);
+  }
 };
 // Codes in registers; as a slab is used, one of what comes next takes its place.
 template <class S> struct Streamed {
+  static constexpr int WORDS = 4;
   Raw<S>& raw;
   const uint8_t* next;  // this lane's 16 bytes of slab 0, or null
   template <int J> DEVICE void get(uint32_t (&w)[4]) const {
@@ -164,6 +189,9 @@ template <class S> struct Streamed {
   }
   template <int J> DEVICE void used() const {
     if (next) raw.template page<J>(next);
+  }
+  template <int SIDE> static DEVICE void multiply(float (&c)[4], const uint32_t (&w)[4], int x, uint32_t lane4, uint32_t b0, uint32_t b1) {
+    multiply_codes<SIDE>(c, w[x], lane4, b0, b1);
   }
 };
 
@@ -176,10 +204,10 @@ template <class S, class C> DEVICE void page_scores(float (&score)[4][4], Querie
     unrolled<S::SLABS>([&](auto index) {
       constexpr int j = decltype(index)::value;
       const uint2 b = q.slab(j);
-      uint32_t w[4];
+      uint32_t w[C::WORDS];
       codes.template get<j>(w);
 #pragma unroll
-      for (int x = 0; x < 4; x++) multiply_codes<0>(score[x], w[x], lane4, b.x, b.y);
+      for (int x = 0; x < 4; x++) C::template multiply<0>(score[x], w, x, lane4, b.x, b.y);
       codes.template used<j>();
     });
     const uint4 s = load_shared(fields + g * 16);  // tokens g and g + 8 of each tile
@@ -202,14 +230,14 @@ template <class S, class C> DEVICE void page_scores(float (&score)[4][4], Querie
     float common[4] = {0.f, 0.f, 0.f, 0.f};  // every row is the means' dot product
     unrolled<S::SLABS>([&](auto index) {
       constexpr int j = decltype(index)::value;
-      uint32_t w[4];
+      uint32_t w[C::WORDS];
       codes.template get<j>(w);
       const uint4 f = load_shared(fields + j * 64 + t * 16);
       const uint2 b = q.slab(j);
       mma(common, f.z, f.z, f.w, f.w, b.x, b.y);
       const uint32_t b0 = product(b.x, f.x), b1 = product(b.y, f.y);
 #pragma unroll
-      for (int x = 0; x < 4; x++) multiply_codes<0>(score[x], w[x], lane4, b0, b1);
+      for (int x = 0; x < 4; x++) C::template multiply<0>(score[x], w, x, lane4, b0, b1);
       codes.template used<j>();
     });
     const float c0 = common[0] * q.factor[0], c1 = common[1] * q.factor[1];
@@ -332,10 +360,10 @@ template <class S, class C> DEVICE void add_page(State<S>& state, const uint32_t
         b[x] = transposed(product(weight[x], __byte_perm(scale.word[i / 2], 0, i % 2 ? 0x3232 : 0x1010)));
       }
     }
-    uint32_t w[4];
+    uint32_t w[C::WORDS];
     codes.template get<j>(w);
 #pragma unroll
-    for (int x = 0; x < 4; x++) multiply_codes<1>(state.out[j], w[x], lane4, b[2 * x], b[2 * x + 1]);
+    for (int x = 0; x < 4; x++) C::template multiply<1>(state.out[j], w, x, lane4, b[2 * x], b[2 * x + 1]);
     codes.template used<j>();
   });
 }

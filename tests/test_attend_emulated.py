@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -49,17 +50,23 @@ class Arguments(ctypes.Structure):
         + [("capacity", ctypes.c_int64), ("q_stride", ctypes.c_int64 * 3)]
         + [(name, ctypes.c_int32) for name in NUMBERS]
         + [("scale", ctypes.c_float), ("soft_cap", ctypes.c_float)]
-        + [("level", (ctypes.c_uint16 * 16) * 2)]
+        + [("level", (ctypes.c_uint16 * 16) * 2), ("codec", ctypes.c_uint64)]
+        + [("key_codes", ctypes.c_int32), ("ordered", ctypes.c_int32)]
+        + [("key_slabs", ctypes.c_uint8 * 8)]
     )
 
 
 @pytest.fixture(scope="module")
 def emulator(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The library."""
-    out = tmp_path_factory.mktemp("emulator") / "attend.so"
+    return compiled(tmp_path_factory.mktemp("emulator") / "attend.so")
+
+
+def compiled(out: Path, *more: str) -> Any:
+    """The library, compiled into a file."""
     folders = [f"-I{f}" for f in (ROOT / "tests" / "emulator", ROOT / "cuda", HEADERS)]
     source = ROOT / "tests" / "emulator" / "attend.cpp"
-    flags = ["-std=c++17", "-O1", "-w", "-fpermissive", "-fPIC", "-shared"]
+    flags = ["-std=c++17", "-O1", "-w", "-fpermissive", "-fPIC", "-shared", *more]
     subprocess.run([str(COMPILER), *flags, *folders, str(source), "-o", str(out)], check=True)
     return ctypes.CDLL(str(out))
 
@@ -68,6 +75,40 @@ def sixteen(x: Any, dtype: str) -> Any:
     """The bits of numbers in a 16-bit dtype."""
     rounded = torch.from_numpy(np.ascontiguousarray(x)).to(getattr(torch, dtype))
     return rounded.view(torch.int16).numpy()
+
+
+def bits_of(codebook: Any) -> int:
+    """Bits of a code."""
+    if not isinstance(codebook, str):
+        return (len(codebook) - 1).bit_length()
+    return int(re.sub("^l2", "", codebook).lstrip("abcdefghijklmnopqrstuvwxyz")[0])
+
+
+def widths_of(side: Any, dim: int) -> list[int]:
+    """Bits of each slab."""
+    return list(side.widths or [bits_of(side.codebook)] * (dim // 16))
+
+
+def levels_of(codebook: Any, width: int) -> Any:
+    """Levels in fp16."""
+    if isinstance(codebook, str):
+        # The bits are the first digit but that of "l2".
+        name = re.sub(r"^(l2)?([a-z]+)\d", rf"\g<1>\g<2>{width}", codebook)
+        codebook = _core.codebook(name)
+    return np.asarray(codebook, np.float32).astype(np.float16)
+
+
+def codec_of(scheme: Any, dim: int) -> Any:
+    """What kernels of other widths read of ``Codec`` of ``cuda/page.cuh``: codebooks and order."""
+    words = np.zeros(8 + 2 * (47 + 9 * 513), np.int32)
+    for value, side in enumerate((scheme.key, scheme.value)):
+        for width in {*widths_of(side, dim)} - {0}:
+            levels = levels_of(side.codebook, width).astype(np.float32)
+            at = 8 + value * (47 + 9 * 513) + 47 + 513 * width
+            words[at] = len(levels)
+            words[at + 1 : at + 1 + len(levels)] = levels.view(np.int32)
+    order = np.asarray(scheme.key.channel_order or [], np.uint16).tobytes()
+    return np.frombuffer(words.tobytes() + order + bytes(4), np.uint8).copy()
 
 
 class Device:
@@ -110,7 +151,8 @@ class Device:
 
     def _poison(self, row: Any, count: int) -> None:
         """Fields of tokens beyond the count, in a row of pages."""
-        codes, half = 32 * self.dim, self.cache.core.value_offset
+        half, scheme = self.cache.core.value_offset, self.cache.scheme
+        key_codes, codes = (128 * sum(widths_of(s, self.dim)) for s in (scheme.key, scheme.value))
         channel = self.cache.scheme.key.axis == "token"
         blocks = -(-self.dim // 64) if channel else 1
         for n in range(count, 64):
@@ -118,7 +160,7 @@ class Device:
             value = half + codes + 2 * blocks * place
             row[:, value : value + 2 * blocks] = 0xFF
             if not channel:
-                row[:, codes + 2 * place : codes + 2 * place + 2] = 0xFF
+                row[:, key_codes + 2 * place : key_codes + 2 * place + 2] = 0xFF
 
     def attend(self, emulator: Any, q: Any, seed: int, **words: Any) -> tuple[Any, Any]:
         """The kernel's result and log-sum-exp."""
@@ -129,9 +171,22 @@ class Device:
         group = q_heads // self.heads
         passes = -(-queries * group // 8)
         channel = self.cache.scheme.key.axis == "token"
-        bulk = dim == 256 or seed % 5 % 2
+        scheme = self.cache.scheme
+        widths = [widths_of(side, dim) for side in (scheme.key, scheme.value)]
+        value, most = widths[1][0], max(widths[0])
+        key, even = most, {*widths[0], *widths[1]} in ({2}, {3}, {4}, {8})
+        if not even or scheme.key.channel_order is not None:
+            key = 0 if most <= 6 and 16 * sum(widths[0]) <= 4 * dim and value < 8 else 9
+        mixed = {0: 4, 9: 8}.get(key, 0)
+        warps = min(warps, 3) if mixed == 8 else warps
+        bulk = dim == 256 or mixed > 0 or (seed % 5 % 2 and key != 8)
         fields = 4 * dim + 128 * -(-dim // 64) if channel else 256
         room = (self.cache.core.page_bytes if bulk else fields) + (4096 if dim > 128 else 0)
+        if bulk and dim == 128 and key in (2, 3):
+            room += 16 * dim
+        if mixed:
+            room += 16 * dim + -(-(8 * mixed * dim + 4 * dim) // 128) * 128
+            room -= self.cache.core.value_offset
         end = (warps * (room + 16 + 192 + 128) + 24 + 4 * (self.batch + 1) + 15) // 16 * 16
         out = np.full((self.batch, queries, q_heads, dim), np.nan, np.float32)
         lse = np.full((self.batch, queries, q_heads), np.nan, np.float32)
@@ -163,13 +218,18 @@ class Device:
         a.parts_shared = 0 if seed % 3 == 1 else end
         a.scale = words.get("scale") or 1 / math.sqrt(dim)
         for side, spec in enumerate((self.cache.scheme.key, self.cache.scheme.value)):
-            levels = np.asarray(_core.codebook(str(spec.codebook)), np.float32).astype(np.float16)
+            levels = levels_of(spec.codebook, bits_of(spec.codebook))
             a.level[side][:] = [
                 int(levels.view(np.uint16)[min(i, len(levels) - 1)]) for i in range(16)
             ]
+        codec = codec_of(scheme, dim)
+        a.codec, a.key_codes = codec.ctypes.data, 128 * sum(widths[0])
+        a.ordered = scheme.key.channel_order is not None
+        a.key_slabs[:] = [widths[0].count(width) for width in (8, 6, 5, 4, 3, 2, 1, 0)]
+        wide = 0 if (key, value) == (4, 4) else 2 * (10 * value + key + 1)
         base = [1024, 0][seed // 3 % 2]
         run = emulator.emulate(
-            ctypes.byref(a), dim, int(not channel), bulk, blocks, warps, seed % 2, base, seed
+            ctypes.byref(a), dim, wide + (not channel), bulk, blocks, warps, seed % 2, base, seed
         )
         assert run == 0 and not arrived.any()
         return out, lse
@@ -273,6 +333,6 @@ def test_many_sequences_of_mixed_lengths(emulator: Any) -> None:
 
 
 def test_its_structure_is_that_of_the_sources() -> None:
-    assert ctypes.sizeof(Arguments) == 272
-    assert "== 272" in (ROOT / "cuda" / "attend.cuh").read_text()
+    assert ctypes.sizeof(Arguments) == 296
+    assert "== 296" in (ROOT / "cuda" / "attend.cuh").read_text()
     assert Scheme.of("nqkv4").sink_tokens == 4 and nqkv_rs.PAGE_TOKENS == 64

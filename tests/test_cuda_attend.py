@@ -406,7 +406,7 @@ def test_what_the_kernel_does_not_take() -> None:
     base = json.loads(Scheme.of("nqkv4").to_json())
     base["value"]["scale"] = "minmax"
     for scheme, dim, expected in [
-        ("kivi2", 128, "4-bit"),
+        ("kivi2", 128, "no zero point"),
         (base, 128, "no zero point"),
         ("nqkv4", 112, "head size"),
     ]:

@@ -4,6 +4,7 @@
 //! What no kernel takes is refused with the reason, for the caller to take another way.
 
 mod kernels;
+mod widths;
 
 use std::ffi::c_void;
 
@@ -11,13 +12,14 @@ use cudarc::driver::result;
 use half::f16;
 
 use self::kernels::Keys;
+use self::widths::Widths;
 use super::codec::dtype_number;
 use super::driver::{Device, Stream, error};
 use super::paged::Pages;
 use super::room::DeviceView;
 use crate::codec::ScaleDtype;
 use crate::error::{Error, Result};
-use crate::page::{FieldAxis, PAGE_TOKENS};
+use crate::page::{FieldAxis, HALF_ALIGN, PAGE_TOKENS};
 use crate::scheme::Span;
 use crate::seal::{PageCodec, SideCodec};
 use crate::tensor::Dtype;
@@ -28,8 +30,8 @@ const COLUMNS: usize = 8;
 const MOST_COLUMNS: usize = 128;
 /// Sequences whose shares are computed on the device.
 const MOST_BATCH: usize = 2048;
-/// Where the decoding table begins in shared memory, and its size.
-const TABLE: [usize; 2] = [1024, 65536];
+/// Where the decoding tables begin in shared memory.
+const TABLE_AT: usize = 1024;
 /// Counters in front of the workspace, and how many units they serve.
 const ARRIVED_BYTES: usize = 1 << 20;
 const MOST_UNITS: usize = ARRIVED_BYTES / 4;
@@ -115,8 +117,12 @@ struct AttendArguments {
     scale: f32,
     soft_cap: f32,
     level: [[u16; 16]; 2],
+    codec: u64,
+    key_codes: i32,
+    ordered: i32,
+    key_slabs: [u8; 8],
 }
-const _: () = assert!(size_of::<AttendArguments>() == 272);
+const _: () = assert!(size_of::<AttendArguments>() == 296);
 
 /// Which kernel reads pages of this codec, or why none does.
 fn keys_of(codec: &PageCodec, bulk: bool) -> std::result::Result<Keys, String> {
@@ -126,8 +132,8 @@ fn keys_of(codec: &PageCodec, bulk: bool) -> std::result::Result<Keys, String> {
         return Err(format!("keys and values of one head size, got {dim} and {}", value.layout.dim));
     }
     for side in [key, value] {
-        if side.is_ordered() || side.layout.slabs.iter().any(|s| s.width != 4) || side.layout.dim != side.layout.stored {
-            return Err("4-bit slabs of whole channels in the model's order".into());
+        if side.layout.dim != side.layout.stored {
+            return Err(format!("a head size of whole slabs of 16 channels, got {dim}"));
         }
         if side.scale_dtype != ScaleDtype::Fp16 {
             return Err("scales in fp16".into());
@@ -138,21 +144,25 @@ fn keys_of(codec: &PageCodec, bulk: bool) -> std::result::Result<Keys, String> {
         return Err("values with a scale and no zero point".into());
     }
     let spec = &codec.scheme.value;
-    let keys = match key.layout.axis {
-        FieldAxis::PerChannel { group: PAGE_TOKENS } if key.layout.fields == 2 => Keys::Channel,
+    let per_token = match key.layout.axis {
+        FieldAxis::PerChannel { group: PAGE_TOKENS } if key.layout.fields == 2 => false,
         FieldAxis::PerChannel { .. } => return Err("keys with scale and mean of 64 tokens, or one scale per token".into()),
-        FieldAxis::PerToken { blocks: 1 } if key.layout.fields == 1 => Keys::Token,
+        FieldAxis::PerToken { blocks: 1 } if key.layout.fields == 1 => true,
         FieldAxis::PerToken { .. } => return Err("keys with one scale per token and head".into()),
     };
-    let fits = match keys {
-        Keys::Channel => blocks == dim.div_ceil(64) && (blocks == 1 || (spec.span == Span::Head && spec.block == 64)),
-        Keys::Token => blocks == 1,
+    let fits = match per_token {
+        false => blocks == dim.div_ceil(64) && (blocks == 1 || (spec.span == Span::Head && spec.block == 64)),
+        true => blocks == 1,
     };
     if !fits {
-        let expected = if keys == Keys::Channel { "in blocks of 64 channels" } else { "with one scale per token and head" };
+        let expected = if per_token { "with one scale per token and head" } else { "in blocks of 64 channels" };
         return Err(format!("values {expected}"));
     }
-    let dims = kernels::dims(keys, bulk);
+    let keys = Widths::of(codec)?.keys(per_token)?;
+    let dims = kernels::dims(keys, bulk && keys.is_staged());
+    if dims.is_empty() {
+        return Err("compute capability 9.0 for keys of several widths, or in an order of each head".into());
+    }
     if !dims.contains(&dim) {
         return Err(format!("a head size of {dims:?}, got {dim}"));
     }
@@ -161,7 +171,12 @@ fn keys_of(codec: &PageCodec, bulk: bool) -> std::result::Result<Keys, String> {
 
 /// Warps of a block that registers allow, as in `cuda/attend.cuh`.
 fn most_warps(keys: Keys, dim: usize, bulk: bool) -> usize {
-    let few = if bulk { dim > 128 || dim == 96 } else { dim >= 96 && keys == Keys::Channel };
+    let few = match keys {
+        Keys::Wide(..) if keys.has_many_warps(bulk) => return 16,
+        Keys::Wide(..) => keys.is_large() || (!bulk && dim >= 96),
+        Keys::Channel if !bulk => dim >= 96,
+        _ => bulk && (dim > 128 || dim == 96),
+    };
     if few { 8 } else { 12 }
 }
 
@@ -171,10 +186,12 @@ fn parts_of_warp(bulk: bool) -> usize {
 }
 
 /// A warp's room in shared memory: a page or its fields, and queries of large heads.
-fn stage_bytes(codec: &PageCodec, bulk: bool) -> usize {
+fn stage_bytes(codec: &PageCodec, keys: Keys, bulk: bool) -> usize {
     let (key, value) = (&codec.key.layout, &codec.value.layout);
-    let page = if bulk { key.bytes + value.bytes } else { key.field_bytes + value.field_bytes };
-    page + if key.dim > 128 { 16 * key.dim } else { 0 }
+    let most = keys.most_bits().map(|bits| (8 * bits * key.dim + key.field_bytes).next_multiple_of(HALF_ALIGN));
+    let page = if bulk { most.unwrap_or(key.bytes) + value.bytes } else { key.field_bytes + value.field_bytes };
+    let shared = key.dim > 128 || most.is_some() || (keys.has_many_warps(bulk) && key.dim > 64);
+    page + if shared { 16 * key.dim } else { 0 }
 }
 
 impl Plan {
@@ -188,7 +205,14 @@ impl Plan {
     ) -> std::result::Result<Self, String> {
         let bulk = device.capability().0 == 9;
         let keys = keys_of(codec, bulk)?;
-        Self::configure((keys, bulk), codec, exact, (device.processors(), device.shared_limit()), batch, columns)
+        Self::configure(
+            (keys, bulk && keys.is_staged()),
+            codec,
+            exact,
+            (device.processors(), device.shared_limit()),
+            batch,
+            columns,
+        )
     }
 
     fn configure(
@@ -215,9 +239,9 @@ impl Plan {
         }
         // Of a warp: its room, two barriers, two parts of a merge, what it knows of its sequence. Then what is known of two units,
         // and where each sequence begins.
-        let of_warp = stage_bytes(codec, bulk) + 16 + 2 * 96 + 128;
-        let sequences = 24 + 4 * (batch + 1);
-        let fixed = TABLE.iter().sum::<usize>() + sequences.next_multiple_of(16);
+        let of_warp = stage_bytes(codec, keys, bulk) + 16 + 2 * 96 + 128;
+        let (sequences, tables) = (24 + 4 * (batch + 1), TABLE_AT + keys.table_bytes());
+        let fixed = tables + sequences.next_multiple_of(16);
         let most = most_warps(keys, dim, bulk);
         let warps = (shared_limit.saturating_sub(fixed) / of_warp).min(most);
         if warps == 0 {
@@ -225,7 +249,7 @@ impl Plan {
         }
         let (parts, end) = (parts_of_warp(bulk) * warps * COLUMNS * dim * 4, fixed + warps * of_warp);
         let fits = end + parts <= shared_limit;
-        let parts_shared = if fits { end - TABLE.iter().sum::<usize>() } else { 0 };
+        let parts_shared = if fits { end - tables } else { 0 };
         let shared = if fits { end + parts } else { end };
         Ok(Self { keys, dim, bulk, warps, blocks: processors, shared, passes, parts_shared })
     }
@@ -238,7 +262,8 @@ impl Plan {
 }
 
 fn levels(side: &SideCodec) -> [u16; 16] {
-    let levels = side.books[0].as_deref().expect("4-bit slabs have a codebook").levels();
+    // Of other widths, kernels find them in the codec.
+    let Some(levels) = side.books[0].as_deref().map(|b| b.levels()).filter(|l| l.len() <= 16) else { return [0; 16] };
     // Codes beyond the last level mean the last.
     std::array::from_fn(|i| f16::from_f32(levels[i.min(levels.len() - 1)]).to_bits())
 }
@@ -287,6 +312,11 @@ impl Pages<'_> {
             scale: call.scale,
             soft_cap: call.soft_cap.unwrap_or(0.0),
             level: [levels(&self.codec.key), levels(&self.codec.value)],
+            codec: room.codec,
+            key_codes: self.codec.key.layout.code_bytes as i32,
+            ordered: i32::from(self.codec.key.is_ordered()),
+            key_slabs: [8, 6, 5, 4, 3, 2, 1, 0]
+                .map(|width| self.codec.key.layout.slabs.iter().filter(|s| s.width == width).count() as u8),
         };
         let function = kernels::function(self.device, plan.keys, plan.dim, plan.bulk, self.device.shared_limit())?;
         self.device.bind()?;
@@ -347,7 +377,7 @@ mod tests {
         assert_eq!(keys_of(&codec("nqkv4", 8, 128), false), Ok(Keys::Channel));
         assert_eq!(keys_of(&codec("nqkv4-signed", 2, 96), true), Ok(Keys::Channel));
         assert_eq!(keys_of(&codec("nqkv", 8, 128), true), Ok(Keys::Token));
-        assert!(keys_of(&codec("kivi2", 8, 128), true).unwrap_err().contains("4-bit"));
+        assert!(keys_of(&codec("kivi2", 8, 128), true).unwrap_err().contains("no zero point"));
         assert!(keys_of(&codec("kivi4", 8, 128), true).unwrap_err().contains("no zero point"));
         assert!(keys_of(&codec("nqkv", 8, 96), true).unwrap_err().contains("one scale per token"));
         assert!(keys_of(&codec("nqkv4", 8, 112), true).unwrap_err().contains("got 112"));

@@ -6,7 +6,7 @@
 #define NQKV_EMULATED
 #include "attend_kernel.cuh"
 
-extern "C" int emulate(const AttendArguments* a, int dim, int per_token, int bulk, int blocks, int warps, int late, int first_address, unsigned seed) {
+extern "C" int emulate(const AttendArguments* a, int dim, int kind, int bulk, int blocks, int warps, int late, int first_address, unsigned seed) {
   nqkv::copies_come_late = late, nqkv::first_address = first_address;
   auto run = [&](auto shape) {
     run_grid(blocks, 32 * warps, [a] { nqkv::attend<decltype(shape)>(*a); }, nqkv::dynamic, sizeof nqkv::dynamic, seed);
@@ -14,7 +14,34 @@ extern "C" int emulate(const AttendArguments* a, int dim, int per_token, int bul
   };
 #define SHAPE(D, PER_TOKEN, BLOCK) \
   case D + 1000 * PER_TOKEN: return bulk ? run(nqkv::Shape<D, PER_TOKEN, BLOCK, true>()) : run(nqkv::Shape<D, PER_TOKEN, BLOCK, false>());
-  switch (dim + 1000 * per_token) {
+// Kinds that are even have keys with fields per channel, odd ones with one scale per token. Twice ten times the bits of values plus
+// 1 plus what Wide says of keys: other widths than 4.
+#define WIDE(D, PER_TOKEN, BLOCK, KEY, VALUE)                                                                            \
+  case D + 1000 * (PER_TOKEN + 2 * (10 * VALUE + KEY + 1)):                                                              \
+    return bulk ? run(nqkv::Wide<D, PER_TOKEN, BLOCK, true, KEY, VALUE>()) : run(nqkv::Wide<D, PER_TOKEN, BLOCK, false, KEY, VALUE>());
+#define MIXED_KEYS(D, KEY, VALUE) \
+  case D + 1000 * 2 * (10 * VALUE + KEY + 1): return run(nqkv::Wide<D, false, 4, true, KEY, VALUE>());
+  switch (dim + 1000 * kind) {
+#ifdef WIDTHS
+    WIDE(64, false, 4, 2, 2)
+    WIDE(64, false, 4, 3, 3)
+    WIDE(64, false, 4, 8, 8)
+    WIDE(128, false, 4, 2, 2)
+    WIDE(128, false, 4, 3, 3)
+    WIDE(128, false, 4, 8, 8)
+    WIDE(64, true, 4, 2, 2)
+    WIDE(64, true, 4, 3, 3)
+    WIDE(64, true, 4, 8, 8)
+    WIDE(128, true, 8, 2, 2)
+    MIXED_KEYS(64, nqkv::MIXED, 2)
+    MIXED_KEYS(64, nqkv::MIXED, 3)
+    MIXED_KEYS(64, nqkv::MIXED, 4)
+    MIXED_KEYS(64, nqkv::MIXED8, 4)
+    MIXED_KEYS(64, nqkv::MIXED8, 8)
+    MIXED_KEYS(128, nqkv::MIXED, 2)
+    MIXED_KEYS(128, nqkv::MIXED, 4)
+    MIXED_KEYS(128, nqkv::MIXED8, 8)
+#else
     SHAPE(64, false, 4)
     SHAPE(80, false, 4)
     SHAPE(96, false, 4)
@@ -23,6 +50,7 @@ extern "C" int emulate(const AttendArguments* a, int dim, int per_token, int bul
     SHAPE(64, true, 4)
     SHAPE(128, true, 8)
     SHAPE(256, true, 16)
+#endif
     default: return 1;
   }
 }

@@ -45,14 +45,23 @@ DEVICE uint32_t transposed(uint32_t x) {
 }
 DEVICE uint4 load_shared(uint32_t address) { return *(const uint4*)shared_at(address, 16); }
 DEVICE uint2 load_pair(uint32_t address) { return *(const uint2*)shared_at(address, 8); }
+DEVICE uint32_t load_one(uint32_t address) { return *(const uint32_t*)shared_at(address, 4); }
 DEVICE void store_pair(uint32_t address, uint2 v) { *(uint2*)shared_at(address, 8) = v; }
 template <int OFFSET> DEVICE uint32_t load_word(uint32_t address) { return *(const uint32_t*)shared_at(address + OFFSET, 4); }
+template <int OFFSET> DEVICE uint2 load_words(uint32_t address) { return *(const uint2*)shared_at(address + OFFSET, 8); }
 DEVICE float exp2_of(float x) { return exp2f(x); }
 DEVICE int opaque(int x) { return x; }
 template <int OFFSET> DEVICE void load_once(uint32_t (&r)[4], const uint8_t* from) {
   if (uintptr_t(from) % 16) wrong("an address that is not aligned");
   memcpy(r, from + OFFSET, 16);
 }
+template <int BYTES, int OFFSET> DEVICE void load_aligned(uint32_t* r, const uint8_t* from) {
+  if (uintptr_t(from + OFFSET) % (BYTES > 16 ? 16 : BYTES)) wrong("an address that is not aligned");
+  memcpy(r, from + OFFSET, BYTES);
+}
+template <int OFFSET> DEVICE void load_once_2(uint32_t* r, const uint8_t* from) { load_aligned<8, OFFSET>(r, from); }
+template <int OFFSET> DEVICE void load_once_1(uint32_t* r, const uint8_t* from) { load_aligned<4, OFFSET>(r, from); }
+template <int OFFSET> DEVICE void load_32(uint32_t* r, const uint8_t* from) { load_aligned<32, OFFSET>(r, from); }
 DEVICE void ask_for(const void*) {}
 DEVICE void copy_piece(uint32_t to, const uint8_t* from) {
   if (uintptr_t(from) % 16) wrong("an address that is not aligned");

@@ -5,15 +5,27 @@ use std::sync::Mutex;
 
 use cudarc::driver::{result, sys};
 
+use super::widths::Widths;
 use crate::cuda::driver::{Device, error};
 use crate::error::Result;
 
-/// What fields keys have.
+/// What fields keys have, and which widths.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Keys {
     /// Scale and mean of each channel and page; values in blocks of 64 channels.
     Channel,
     /// One scale per token, values likewise.
+    Token,
+    /// Other widths than 4 bits, with the fields of one of these.
+    Wide(Widths, Fields),
+}
+
+/// What fields keys of other widths have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Fields {
+    /// As [`Keys::Channel`].
+    Channel,
+    /// As [`Keys::Token`].
     Token,
 }
 
@@ -37,6 +49,20 @@ macro_rules! sources {
 }
 
 const BOTH: &[Keys] = &[Keys::Channel, Keys::Token];
+/// Keys and values of one width.
+const fn even(bits: u8) -> [Keys; 2] {
+    [Keys::Wide(Widths::Even(bits), Fields::Channel), Keys::Wide(Widths::Even(bits), Fields::Token)]
+}
+const W2: &[Keys] = &even(2);
+const W3: &[Keys] = &even(3);
+const W8: &[Keys] = &even(8);
+const MIXED: &[Keys] = &[
+    Keys::Wide(Widths::Mixed { value: 2 }, Fields::Channel),
+    Keys::Wide(Widths::Mixed { value: 3 }, Fields::Channel),
+    Keys::Wide(Widths::Mixed { value: 4 }, Fields::Channel),
+];
+const MIXED8: &[Keys] =
+    &[Keys::Wide(Widths::Mixed8 { value: 4 }, Fields::Channel), Keys::Wide(Widths::Mixed8 { value: 8 }, Fields::Channel)];
 sources! {
     "attend_64": 64 false BOTH,
     "attend_64_sm90": 64 true BOTH,
@@ -47,6 +73,20 @@ sources! {
     "attend_128": 128 false BOTH,
     "attend_128_sm90": 128 true BOTH,
     "attend_256_sm90": 256 true BOTH,
+    "attend_w2_64": 64 false W2,
+    "attend_w2_64_sm90": 64 true W2,
+    "attend_w3_64": 64 false W3,
+    "attend_w3_64_sm90": 64 true W3,
+    "attend_w8_64": 64 false W8,
+    "attend_mixed_64_sm90": 64 true MIXED,
+    "attend_mixed8_64_sm90": 64 true MIXED8,
+    "attend_w2_128": 128 false W2,
+    "attend_w2_128_sm90": 128 true W2,
+    "attend_w3_128": 128 false W3,
+    "attend_w3_128_sm90": 128 true W3,
+    "attend_w8_128": 128 false W8,
+    "attend_mixed_128_sm90": 128 true MIXED,
+    "attend_mixed8_128_sm90": 128 true MIXED8,
 }
 
 /// Head sizes that there are kernels for.
@@ -65,7 +105,14 @@ type Loaded = Vec<((usize, usize, Keys, bool), Function)>;
 static LOADED: Mutex<Loaded> = Mutex::new(Vec::new());
 
 fn name(keys: Keys, dim: usize) -> String {
-    format!("attend_{}_{dim}", if keys == Keys::Channel { "channel" } else { "token" })
+    match keys {
+        Keys::Channel => format!("attend_channel_{dim}"),
+        Keys::Token => format!("attend_token_{dim}"),
+        Keys::Wide(Widths::Even(bits), Fields::Channel) => format!("attend_channel_k{bits}v{bits}_{dim}"),
+        Keys::Wide(Widths::Even(bits), Fields::Token) => format!("attend_token_k{bits}v{bits}_{dim}"),
+        Keys::Wide(Widths::Mixed { value }, _) => format!("attend_mixed_v{value}_{dim}"),
+        Keys::Wide(Widths::Mixed8 { value }, _) => format!("attend_mixed8_v{value}_{dim}"),
+    }
 }
 
 /// The kernel, loaded if it was not; `shared` is the most dynamic shared memory that a launch asks for.
@@ -76,7 +123,8 @@ pub(super) fn function(device: &Device, keys: Keys, dim: usize, bulk: bool, shar
         return Ok(*found);
     }
     device.bind()?;
-    let source = SOURCES.iter().find(|s| s.dim == dim && s.bulk == bulk).expect("a head size of the table");
+    let found = |s: &&Source| s.dim == dim && s.bulk == bulk && s.keys.contains(&keys);
+    let source = SOURCES.iter().find(found).expect("a head size of the table");
     let image = CString::new(source.ptx).expect("PTX has no NUL");
     // SAFETY: NUL-terminated PTX.
     let module = unsafe { result::module::load_data(image.as_ptr().cast()) }.map_err(error("loading attention"))?;

@@ -1,0 +1,8 @@
+// Decode attention on pages of 2 bits, head size 64: attend_widths.cuh.
+// target: compute_80
+// isa: 8.0
+// expect: sm_90 HMMA.16816.F32 >= 36
+#include "attend_kernel.cuh"
+
+ATTEND_WIDE(attend_channel_k2v2_64, 64, false, 4, false, 2, 2)
+ATTEND_WIDE(attend_token_k2v2_64, 64, true, 4, false, 2, 2)

@@ -1,0 +1,8 @@
+// Decode attention on pages of 8 bits, head size 128: attend_widths.cuh.
+// target: compute_80
+// isa: 8.0
+// expect: sm_90 HMMA.16816.F32 >= 72
+#include "attend_kernel.cuh"
+
+ATTEND_WIDE(attend_channel_k8v8_128, 128, false, 4, false, 8, 8)
+ATTEND_WIDE(attend_token_k8v8_128, 128, true, 8, false, 8, 8)
