@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 import test_cuda_attend  # noqa: E402
 from test_attend_widths_emulated import MIXED, even, mixed  # noqa: E402
-from test_cuda_attend import enabled, pytestmark  # noqa: E402, F401
+from test_cuda_attend import pytestmark  # noqa: E402, F401
 
 BOOKS = [
     "nf2",
