@@ -128,6 +128,19 @@ template <class S> struct Queries {
     }
     factor[0] *= power_of_two(LIFT), factor[1] *= power_of_two(LIFT), lifted = false;
   }
+  // Comes down if a page's scales ask for it. 16 bytes of fields hold the scales and means of four channels: together the lanes look
+  // at all. From 2 on, bit 14 of a half is set.
+  DEVICE void fit(uint32_t fields) {
+    if (!lifted) return;
+    const int lane = threadIdx.x & 31;
+    uint32_t large = 0;
+#pragma unroll
+    for (int i = 0; i < S::D / 4; i += 32) {
+      const uint4 f = load_shared(fields + min(i + lane, S::D / 4 - 1) * 16);
+      large |= f.x | f.y;
+    }
+    if (__any_sync(~0u, large & 0x40004000)) lower();
+  }
 };
 
 // Codes, or exact numbers, of one side of a tile, on their way from memory: as many as a lane's registers hold. A slab is read
@@ -217,16 +230,7 @@ template <class S, class C> DEVICE void page_scores(float (&score)[4][4], Querie
       score[x][0] *= q.factor[0] * f.x, score[x][1] *= q.factor[1] * f.x, score[x][2] *= q.factor[0] * f.y, score[x][3] *= q.factor[1] * f.y;
     }
   } else {
-    if (q.lifted) {
-      // 16 bytes hold the scales and means of four channels: together the lanes look at all. From 2 on, bit 14 of a half is set.
-      uint32_t large = 0;
-#pragma unroll
-      for (int i = 0; i < S::D / 4; i += 32) {
-        const uint4 f = load_shared(fields + min(i + lane, S::D / 4 - 1) * 16);
-        large |= f.x | f.y;
-      }
-      if (__any_sync(~0u, large & 0x40004000)) q.lower();
-    }
+    q.fit(fields);
     float common[4] = {0.f, 0.f, 0.f, 0.f};  // every row is the means' dot product
     unrolled<S::SLABS>([&](auto index) {
       constexpr int j = decltype(index)::value;

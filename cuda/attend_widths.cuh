@@ -205,15 +205,7 @@ template <class S> DEVICE void mixed_scores(float (&score)[4][4], const AttendAr
   uint32_t fields = keys + a.key_codes, codes = keys;
 #pragma unroll
   for (int x = 0; x < 4; x++) score[x][0] = score[x][1] = score[x][2] = score[x][3] = 0.f;
-  if (q.lifted) {
-    uint32_t large = 0;
-#pragma unroll
-    for (int i = 0; i < S::D / 4; i += 32) {
-      const uint4 f = load_shared(fields + min(i + lane, S::D / 4 - 1) * 16);
-      large |= f.x | f.y;
-    }
-    if (__any_sync(~0u, large & 0x40004000)) q.lower();
-  }
+  q.fit(fields);
   fields += lane % 4 * 16;
   float common[4] = {0.f, 0.f, 0.f, 0.f};
   int j = 0;

@@ -14,6 +14,15 @@ enum Dtype { F64, F32, F16, BF };
 DEVICE int fields_of(int kind) { return kind == MINMAX || kind == MEAN_ABSMAX ? 2 : 1; }
 DEVICE int bytes_of(int scale_dtype) { return scale_dtype == FP32 ? 4 : scale_dtype == E4M3 ? 1 : 2; }
 
+DEVICE double load_number(const uint8_t* data, long long at, int dtype) {
+  switch (dtype) {
+    case F64: return ((const double*)data)[at];
+    case F32: return ((const float*)data)[at];
+    case F16: return __half2float(((const __half*)data)[at]);
+    default: return __bfloat162float(((const __nv_bfloat16*)data)[at]);
+  }
+}
+
 template <class T> DEVICE float to_float(T x);
 template <> DEVICE float to_float(float x) { return x; }
 template <> DEVICE float to_float(__half x) { return __half2float(x); }

@@ -63,7 +63,7 @@ DEVICE void settle_exact(const CacheArguments& a, const Counts& n, const Stream&
     for (int e = threadIdx.x; e < stream.skip * s.dim; e += blockDim.x) {
       const int t = e / s.dim, c = e % s.dim;
       const Tensor& x = a.x[side];
-      const double v = load(x.data, b * x.stride[0] + h * x.stride[1] + t * x.stride[2] + c * x.stride[3], int(x.dtype));
+      const double v = load_number(x.data, b * x.stride[0] + h * x.stride[1] + t * x.stride[2] + c * x.stride[3], int(x.dtype));
       store(a.sinks[side], exact_at(codec, s, codec.sink_slots, b, n.sinks + t, h, c), exact, v);
     }
     if (codec.single_slots) continue;
@@ -73,7 +73,7 @@ DEVICE void settle_exact(const CacheArguments& a, const Counts& n, const Stream&
     for (int first = 0; sealed > 0 && first < kept * s.dim; first += blockDim.x) {
       const int e = first + threadIdx.x, t = e / s.dim, c = e % s.dim;
       double v = 0;
-      if (e < kept * s.dim) v = load(a.tail[side], exact_at(codec, s, codec.tail_slots, b, t + sealed, h, c), exact);
+      if (e < kept * s.dim) v = load_number(a.tail[side], exact_at(codec, s, codec.tail_slots, b, t + sealed, h, c), exact);
       __syncthreads();
       if (e < kept * s.dim) store(a.tail[side], exact_at(codec, s, codec.tail_slots, b, t, h, c), exact, v);
       __syncthreads();
@@ -84,7 +84,7 @@ DEVICE void settle_exact(const CacheArguments& a, const Counts& n, const Stream&
       const int t = from + e / s.dim, c = e % s.dim;
       const Tensor& x = a.x[side];
       const long long at = b * x.stride[0] + h * x.stride[1] + (t - n.tail + stream.skip) * x.stride[2] + c * x.stride[3];
-      store(a.tail[side], exact_at(codec, s, codec.tail_slots, b, t - sealed, h, c), exact, load(x.data, at, int(x.dtype)));
+      store(a.tail[side], exact_at(codec, s, codec.tail_slots, b, t - sealed, h, c), exact, load_number(x.data, at, int(x.dtype)));
     }
   }
 }
@@ -297,11 +297,11 @@ extern "C" __global__ void __launch_bounds__(256, 4) pages_read(const __grid_con
     if (t >= a.from + a.tokens || channel >= s.dim) continue;
     double x = 0;
     if (t < n.sinks) {
-      x = load(a.sinks[side], exact_at(codec, s, codec.sink_slots, b, t, h, channel), codec.exact);
+      x = load_number(a.sinks[side], exact_at(codec, s, codec.sink_slots, b, t, h, channel), codec.exact);
     } else if (page_of[i] >= 0) {
       x = number_at(s, half_of(codec, table[page_of[i]], h, side), h, slot_of_token[i], c);
     } else if (t < packed + n.tail) {
-      x = load(a.tail[side], exact_at(codec, s, codec.tail_slots, b, t - packed, h, channel), codec.exact);
+      x = load_number(a.tail[side], exact_at(codec, s, codec.tail_slots, b, t - packed, h, channel), codec.exact);
     }
     store(a.out[side], (((long long)b * codec.heads + h) * a.tokens + (t - a.from)) * s.dim + channel, a.dtype, x);
   }

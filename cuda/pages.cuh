@@ -31,15 +31,6 @@ namespace nqkv {
 
 constexpr unsigned long long ADDRESS = (1ull << 56) - 1;
 
-DEVICE double load(const uint8_t* data, long long at, int dtype) {
-  switch (dtype) {
-    case F64: return ((const double*)data)[at];
-    case F32: return ((const float*)data)[at];
-    case F16: return __half2float(((const __half*)data)[at]);
-    default: return __bfloat162float(((const __nv_bfloat16*)data)[at]);
-  }
-}
-
 // One rounding, from the number as it came.
 DEVICE void store(uint8_t* data, long long at, int dtype, double x) {
   switch (dtype) {
@@ -53,7 +44,7 @@ DEVICE void store(uint8_t* data, long long at, int dtype, double x) {
 // An input element, rounded to the exact dtype, as fp32.
 DEVICE float exact_input(const CacheArguments& a, int side, int b, int h, int t, int c) {
   const Tensor& x = a.x[side];
-  const double v = load(x.data, b * x.stride[0] + h * x.stride[1] + t * x.stride[2] + c * x.stride[3], int(x.dtype));
+  const double v = load_number(x.data, b * x.stride[0] + h * x.stride[1] + t * x.stride[2] + c * x.stride[3], int(x.dtype));
   switch (a.codec->exact) {
     case F16: return __half2float(__double2half(v));
     case BF: return __bfloat162float(__double2bfloat16(v));
@@ -75,7 +66,7 @@ struct Stream {
   DEVICE float number(const CacheArguments& a, int side, int b, int h, int i, int c) const {
     const Codec& codec = *a.codec;
     if (i >= tail) return exact_input(a, side, b, h, i - tail + skip, c);
-    return float(load(a.tail[side], exact_at(codec, codec.side[side], codec.tail_slots, b, i, h, c), codec.exact));
+    return float(load_number(a.tail[side], exact_at(codec, codec.side[side], codec.tail_slots, b, i, h, c), codec.exact));
   }
 };
 

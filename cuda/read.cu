@@ -63,15 +63,6 @@ template <class T, bool VALUE> DEVICE void read_page(const ReadArguments& a, con
   }
 }
 
-DEVICE double exact_number(const uint8_t* data, long long at, int dtype) {
-  switch (dtype) {
-    case F64: return ((const double*)data)[at];
-    case F32: return ((const float*)data)[at];
-    case F16: return __half2float(((const __half*)data)[at]);
-    default: return __bfloat162float(((const __nv_bfloat16*)data)[at]);
-  }
-}
-
 DEVICE void store_number(float* to, double x) { *to = __double2float_rn(x); }
 DEVICE void store_number(__half* to, double x) { *to = __double2half(x); }
 DEVICE void store_number(__nv_bfloat16* to, double x) { *to = __double2bfloat16(x); }
@@ -88,8 +79,8 @@ template <class T> DEVICE void read_exact(const ReadArguments& a, const ReadSide
     const int i = first + e / dim, c = e % dim, t = a.from + i;
     if (t >= n.x && t < end) continue;
     double x = 0;
-    if (t < n.x) x = exact_number(s.sinks, (((long long)b * a.sink_slots + t) * a.heads + h) * dim + c, a.exact);
-    else if (t < end + n.z) x = exact_number(s.tail, (((long long)b * a.tail_slots + t - end) * a.heads + h) * dim + c, a.exact);
+    if (t < n.x) x = load_number(s.sinks, (((long long)b * a.sink_slots + t) * a.heads + h) * dim + c, a.exact);
+    else if (t < end + n.z) x = load_number(s.tail, (((long long)b * a.tail_slots + t - end) * a.heads + h) * dim + c, a.exact);
     store_number((T*)s.out + (((long long)b * a.heads + h) * a.tokens + i) * dim + c, x);
   }
 }

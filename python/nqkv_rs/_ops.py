@@ -74,47 +74,17 @@ def _append(k: torch.Tensor, v: torch.Tensor, cache: torch.Tensor) -> None:
 
 
 def _attention(
-    q: torch.Tensor,
-    cache: torch.Tensor,
-    lse: bool,
-    scale: float | None,
-    starts: torch.Tensor | None,
-    window: int | None,
-    soft_cap: float | None,
-    value_dim: int | None,
+    q: torch.Tensor, cache: torch.Tensor, value_dim: int | None = None, **words: Any
 ) -> Any:
     found = _cache(cache)
     expected = q.shape[-1] if value_dim is None else value_dim
     if expected != found.value_dim:
         raise ValueError(f"value_dim: expected {found.value_dim} (the cache's), got {expected}")
-    words: dict[str, Any] = {"scale": scale, "window": window, "soft_cap": soft_cap, "lse": lse}
-    return attention(q.detach(), found, starts=starts, **words)
+    return attention(q.detach(), found, **words)
 
 
-def _one(
-    q: torch.Tensor,
-    cache: torch.Tensor,
-    *,
-    scale: float | None = None,
-    starts: torch.Tensor | None = None,
-    window: int | None = None,
-    soft_cap: float | None = None,
-    value_dim: int | None = None,
-) -> Any:
-    return _attention(q, cache, False, scale, starts, window, soft_cap, value_dim)
-
-
-def _two(
-    q: torch.Tensor,
-    cache: torch.Tensor,
-    *,
-    scale: float | None = None,
-    starts: torch.Tensor | None = None,
-    window: int | None = None,
-    soft_cap: float | None = None,
-    value_dim: int | None = None,
-) -> Any:
-    return _attention(q, cache, True, scale, starts, window, soft_cap, value_dim)
+def _two(q: torch.Tensor, cache: torch.Tensor, **words: Any) -> Any:
+    return _attention(q, cache, lse=True, **words)
 
 
 def _fake_append(k: Any, v: Any, cache: Any) -> None:
@@ -134,7 +104,7 @@ def _fake_two(q: Any, cache: Any, **words: Any) -> Any:
 
 _OPERATORS: dict[str, tuple[Any, Any]] = {
     "append": (_append, _fake_append),
-    "decode_attention": (_one, _fake_one),
+    "decode_attention": (_attention, _fake_one),
     "decode_attention_lse": (_two, _fake_two),
 }
 for _name, (_real, _fake) in _OPERATORS.items():
