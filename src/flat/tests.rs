@@ -202,6 +202,32 @@ fn every_length_ends_well() {
     }
 }
 
+/// Fields that no codec writes, as a foreign file may hold them.
+#[test]
+fn foreign_fields_are_decoded_alike() {
+    let (n, foreign) = (64 * 66 + 30, [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, f32::MAX, 3.39e38, 1e-45, -0.0, -2.5]);
+    for (kind, order) in [(ScaleKind::Absmax, NibbleOrder::HighFirst), (ScaleKind::Minmax, NibbleOrder::LowFirst)] {
+        let spec = spec("nf4", 64, kind, ScaleDtype::Fp32, order);
+        let mut q = quantize(&numbers(n, 21), n, &spec).unwrap();
+        for (i, field) in foreign.iter().enumerate() {
+            // Scales and zero points of far and near blocks, and of the last, short one.
+            for at in [7 * i, q.fields.len() / 4 - 1 - i % 2] {
+                q.fields[4 * at..][..4].copy_from_slice(&field.to_le_bytes());
+                for dtype in [Dtype::Bf16, Dtype::F16, Dtype::F32] {
+                    let (mut fast, mut plain) = (vec![0; n * dtype.bytes()], vec![0; n * dtype.bytes()]);
+                    dequantize_with(&q.codes, &q.fields, n, &spec, dtype, &mut fast, true).unwrap();
+                    dequantize_with(&q.codes, &q.fields, n, &spec, dtype, &mut plain, false).unwrap();
+                    let values = fast.chunks_exact(dtype.bytes()).zip(plain.chunks_exact(dtype.bytes()));
+                    for (i, (a, b)) in values.enumerate() {
+                        let (x, y) = (dtype.read(a), dtype.read(b));
+                        assert!(a == b || x.is_nan() && y.is_nan(), "{dtype:?} {field} {i}: {x} {y}");
+                    }
+                }
+            }
+        }
+    }
+}
+
 /// Large outputs are written past the caches.
 #[test]
 fn streamed_numbers_are_the_same() {
