@@ -18,6 +18,9 @@ struct AppendSide {
   int groups;              // per-channel blocks of a page
   int lanes;               // of a per-token block, a power of two
   int code_bytes, half_offset, fields, field_size, kind, scale_dtype;
+  // Of single slots: warps' pieces of work, per-token blocks of a domain, and what divides by the latter, by slabs and by block.
+  int works, per;
+  uint32_t by_per, by_slabs, by_block, unused;
 };
 
 struct AppendArguments {
@@ -30,11 +33,15 @@ struct AppendArguments {
   int share;              // units of a group, cuda/append_tail.cuh
   AppendSide side[2];
 };
-static_assert(sizeof(AppendSide) == 104 && sizeof(AppendArguments) == 64 + 2 * 104, "as in src/cuda/append.rs");
+static_assert(sizeof(AppendSide) == 128 && sizeof(AppendArguments) == 64 + 2 * 128, "as in src/cuda/append.rs");
 
 namespace nqkv {
 
 constexpr unsigned long long ADDRESS = (1ull << 56) - 1;
+
+// x over d, of numbers up to 2^13; `by` is ceil(2^31 / d).
+DEVICE int quotient(int x, uint32_t by) { return int(__umulhi(2 * uint32_t(x), by)); }
+
 // The number of thresholds below u, of 15 in shared memory that ascend; those that are missing are infinite.
 struct Thresholds {
   const float* all;

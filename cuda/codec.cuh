@@ -82,6 +82,16 @@ DEVICE float read_field(const uint8_t* from, int dtype) {
   }
 }
 
+// A field as fp16, bf16 or fp32 gives it back, and written: e4m3, which takes a hundred times the code, goes the other way.
+DEVICE float round_wide(float x, int dtype) {
+  return dtype == FP16 ? round_field(x, FP16) : dtype == BF16 ? round_field(x, BF16) : x;
+}
+DEVICE void write_wide(uint8_t* to, float x, int dtype) {
+  if (dtype == FP16) write_field(to, x, FP16);
+  else if (dtype == BF16) write_field(to, x, BF16);
+  else write_field(to, x, FP32);
+}
+
 struct Fields {
   float scale, zero;
 };

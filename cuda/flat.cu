@@ -117,7 +117,7 @@ DEVICE void quantize_eight(const FlatArguments& a, uint32_t cells, const float (
   const Fields f = block_fields(v, lanes, a.kind, a.scale_dtype);
   float top = 0.f;  // not finite if a number of the eight is not
 #pragma unroll
-  for (int j = 0; j < 8; j++) top = larger_or_nan(top, v[j]);
+  for (int j = 0; j < 8; j++) top = larger_or_nan(top, fabsf(v[j]));
   const float r = inverse(f.scale), cell_scale = r * a.cell_scale;
   uint32_t word = 0;
 #pragma unroll
@@ -293,7 +293,7 @@ template <class T> DEVICE void values_any(const FlatArguments& a) {
 using namespace nqkv;
 
 #define KERNELS(NAME, T)                                                                                        \
-  extern "C" __global__ void __launch_bounds__(256) flat_quantize_##NAME(const __grid_constant__ FlatArguments a) { quantize_plain<T>(a); } \
+  extern "C" __global__ void __launch_bounds__(256, 3) flat_quantize_##NAME(const __grid_constant__ FlatArguments a) { quantize_plain<T>(a); } \
   extern "C" __global__ void __launch_bounds__(256) flat_quantize_fields_##NAME(const __grid_constant__ FlatArguments a) { quantize_fast<T>(a); } \
   extern "C" __global__ void __launch_bounds__(256) flat_dequantize_##NAME(const __grid_constant__ FlatArguments a) { dequantize<T>(a); } \
   extern "C" __global__ void __launch_bounds__(128) flat_fields_any_##NAME(const __grid_constant__ FlatArguments a) { fields_any<T>(a); } \

@@ -71,16 +71,6 @@ template <class T> DEVICE float extreme(uint32_t key) {
   return bits ? number_in<T>(bits | key << 15 & 0x8000, 0) : 0.f;
 }
 
-// A field as fp16, bf16 or fp32 gives it back, and written: e4m3, which takes a hundred times the code, goes the other way.
-DEVICE float round_wide(float x, int dtype) {
-  return dtype == FP16 ? round_field(x, FP16) : dtype == BF16 ? round_field(x, BF16) : x;
-}
-DEVICE void write_wide(uint8_t* to, float x, int dtype) {
-  if (dtype == FP16) write_field(to, x, FP16);
-  else if (dtype == BF16) write_field(to, x, BF16);
-  else write_field(to, x, FP32);
-}
-
 DEVICE Fields middle(float high, float low, int dtype) {
   const float zero = round_wide(low * 0.5f + high * 0.5f, dtype) + 0.f;
   return {round_wide(fmaxf(high - zero, zero - low), dtype) + 0.f, zero};

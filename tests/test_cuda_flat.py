@@ -113,3 +113,20 @@ def test_bad_input_is_named() -> None:
         nqkv_rs.dequantize(q, out=torch.empty(64, 64))
     with pytest.raises(ValueError, match="out: expected shape"):
         nqkv_rs.dequantize(q, out=torch.empty(64, device="cuda"))
+
+
+@pytest.mark.parametrize("codebook", ["nf4", "l2signed4-64", "uniform4", "lloyd4", "e2m1"])
+@pytest.mark.parametrize("scale", ["absmax", "signed_absmax", "minmax"])
+@pytest.mark.parametrize("scale_dtype", ["fp32", "fp16", "bf16"])
+def test_scales_that_saturate_vanish_and_tie(codebook: str, scale: str, scale_dtype: str) -> None:
+    words: dict[str, Any] = dict(codebook=codebook, scale=scale, scale_dtype=scale_dtype, flat=True)
+    for dtype in DTYPES:
+        powers = [-22, -15, 0, 10] if dtype == "float16" else [-130, -27, -24, -15, 0, 14, 17, 100]
+        for power in powers:
+            x = numbers((64 * 40,), "float32", seed=power + 200).double() * 2.0**power
+            same(x.to(getattr(torch, dtype)), **words)
+        # Few numbers, so that extremes of both signs stand in most blocks, in either order.
+        x = numbers((64 * 200,), "float32", seed=7).mul(2).round().clamp(-3, 3) / 3
+        same(x.to(getattr(torch, dtype)), **words)
+        same(-x.to(getattr(torch, dtype)), **words)
+        same((x + 2).to(getattr(torch, dtype)), **words)

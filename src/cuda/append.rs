@@ -43,6 +43,12 @@ struct AppendSide {
     field_size: i32,
     kind: i32,
     scale_dtype: i32,
+    works: i32,
+    per: i32,
+    by_per: u32,
+    by_slabs: u32,
+    by_block: u32,
+    unused: u32,
 }
 
 /// `AppendArguments` of `cuda/append.cuh`.
@@ -68,7 +74,7 @@ struct TransformedArguments {
     append: AppendArguments,
     side: [TransformArgument; 2],
 }
-const _: () = assert!(size_of::<AppendSide>() == 104 && size_of::<AppendArguments>() == 64 + 2 * 104);
+const _: () = assert!(size_of::<AppendSide>() == 128 && size_of::<AppendArguments>() == 64 + 2 * 128);
 
 impl AppendSide {
     /// Whether kernels transform tokens on their way: what lanes exchange then are numbers of one warp.
@@ -147,6 +153,14 @@ impl Pages<'_> {
                 (domain, block, in_head, 0)
             }
         };
+        // Single slots only: where `block` is 0 nothing asks for the rest.
+        let all = slabs * self.codec.heads;
+        if single && all > 1 << 12 {
+            return None;
+        }
+        let per = domain.div_ceil(block.max(1));
+        let lanes = (2 * block).next_power_of_two();
+        let by = |d: usize| (1u32 << 31).div_ceil(d.max(1) as u32);
         Some(AppendSide {
             x: x.address,
             sinks,
@@ -158,13 +172,19 @@ impl Pages<'_> {
             block: block as i32,
             blocks: in_head as i32,
             groups,
-            lanes: (2 * block).next_power_of_two() as i32,
+            lanes: lanes as i32,
             code_bytes: layout.code_bytes as i32,
             half_offset: self.half_offset(value),
             fields: layout.fields as i32,
             field_size: layout.field_size as i32,
             kind: kind_number(side.kind) as i32,
             scale_dtype: scale_dtype_number(side.scale_dtype) as i32,
+            works: (per * (all / domain) * lanes).div_ceil(32) as i32,
+            per: per as i32,
+            by_per: by(per),
+            by_slabs: by(slabs),
+            by_block: by(block),
+            unused: 0,
         })
     }
 
@@ -187,12 +207,8 @@ impl Pages<'_> {
         }
         let (heads, half) = (self.codec.heads, matches!(self.exact, Dtype::F16));
         let (kernels, blocks, threads, shared) = if single {
-            let warps = |s: &AppendSide| {
-                let [domain, block, lanes] = [s.domain, s.block, s.lanes].map(|n| n as usize);
-                (domain.div_ceil(block) * (s.slabs as usize * heads / domain) * lanes).div_ceil(32)
-            };
             let most = (self.device.processors() * 3 / self.batch).max(1);
-            let blocks = (warps(&key) + warps(&value)).div_ceil(GROUP / 32).min(most);
+            let blocks = ((key.works + value.works) as usize).div_ceil(GROUP / 32).min(most);
             let kernels = match half {
                 true => [Kernel::AppendSlotsF16, Kernel::AppendSlotsTransformedF16],
                 false => [Kernel::AppendSlotsBf16, Kernel::AppendSlotsTransformedBf16],

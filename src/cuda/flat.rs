@@ -49,15 +49,17 @@ const DEQUANTIZED: usize = 32;
 /// Elements that kernels which count them by eights in 32 bits take.
 const MOST: i64 = 1 << 34;
 
-/// Whether each cell of the table in `cuda/flat_plain.cuh` holds at most one threshold.
+/// Whether each cell of the table in `cuda/flat_plain.cuh` holds at most one threshold, and none lies beyond 1.
 fn fits_plain_cells(thresholds: &[f32]) -> bool {
     const SCALE: f64 = 31.0;
     // What the table's own rounding may move a threshold by, in cells.
     const HAIR: f64 = 0.01;
-    (-32..32).all(|cell| {
-        let ends = [-0.5 - HAIR, 0.5 + HAIR].map(|e| (f64::from(cell) + e) / SCALE);
-        thresholds.iter().filter(|&&t| ends[0] <= f64::from(t) && f64::from(t) <= ends[1]).count() <= 1
-    })
+    let within = thresholds.iter().all(|t| t.abs() <= 1.0);
+    within
+        && (-32..32).all(|cell| {
+            let ends = [-0.5 - HAIR, 0.5 + HAIR].map(|e| (f64::from(cell) + e) / SCALE);
+            thresholds.iter().filter(|&&t| ends[0] <= f64::from(t) && f64::from(t) <= ends[1]).count() <= 1
+        })
 }
 
 /// A contiguous tensor on a device.
@@ -89,7 +91,7 @@ pub struct FlatCodec {
     arguments: Arguments,
     /// Codes can be chosen by cells.
     cells: bool,
-    /// Those of absmax in fp32 over blocks of 64 by cells that need no offset.
+    /// Those of the kinds of `cuda/flat_plain.cuh` over blocks of 64, by cells that need no offset.
     plain: bool,
 }
 
@@ -125,7 +127,9 @@ impl FlatCodec {
         a.threshold[..book.thresholds().len()].copy_from_slice(book.thresholds());
         let laid = if a.bits == 4 { cells(book.thresholds()) } else { None };
         (a.cell_scale, a.cell_offset) = laid.unwrap_or_default();
-        let plain = (spec.block, spec.kind, spec.scale_dtype) == (64, ScaleKind::Absmax, ScaleDtype::Fp32)
+        let plain = spec.block == 64
+            && matches!(spec.kind, ScaleKind::Absmax | ScaleKind::SignedAbsmax | ScaleKind::Minmax)
+            && spec.scale_dtype != ScaleDtype::E4m3
             && a.bits == 4
             && fits_plain_cells(book.thresholds());
         Self { spec, arguments: a, cells: laid.is_some(), plain }
@@ -276,7 +280,7 @@ mod tests {
             };
             let codec = FlatCodec::new(spec);
             assert!(codec.cells, "{name}");
-            assert!(codec.plain || !name.starts_with("nf4"), "{name}");
+            assert_eq!(codec.plain, name != "lloyd4", "{name}: thresholds beyond 1");
         }
     }
 }
