@@ -107,8 +107,10 @@ template <class W, class F> DEVICE W gather_blocks(const W (&m)[2], F f) {
 // Of a block with +top and -top in it, the sign of the first one counts. `top` is negative in lanes whose block has no such tie.
 template <class T, int GROUP> DEVICE bool first_is_negative(const uint4 (&held)[GROUP][sizeof(T) / 2], float top, int run) {
   bool negative = false;
+  const uint32_t ties = __ballot_sync(ALL, top > 0.f);
 #pragma unroll
   for (int k = 0; k < GROUP; k++) {
+    if ((ties & (GROUP == 4 ? 0x03030303u << 2 * k : 0x0f0f0f0fu << 4 * k)) == 0) continue;
     const float m = __shfl_sync(ALL, top, owner<GROUP>(k));
     bool found = false, minus = false;
 #pragma unroll

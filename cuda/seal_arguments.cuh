@@ -17,7 +17,7 @@ struct SealSide {
   int groups;              // per-channel blocks of a page
   int blocks, code_bytes, half_offset, fields, field_size, kind, scale_dtype, levels;
   float cell_scale, cell_offset;
-  int parts, unused;       // parts of the list of pages, for cuda/prompt.cu
+  int parts, wide;         // for cuda/prompt.cu: parts of the list of pages; warps take eight slabs, not four
 };
 
 struct SealArguments {

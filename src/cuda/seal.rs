@@ -45,7 +45,7 @@ struct SealSide {
     cell_scale: f32,
     cell_offset: f32,
     parts: i32,
-    unused: i32,
+    wide: i32,
 }
 
 /// `SealArguments` of `cuda/seal_arguments.cuh`.
@@ -102,6 +102,9 @@ impl Pages<'_> {
         }
         if s.per_token == 0 {
             (s.warps, s.units) = (2, pages as i32);
+        } else if s.tile > 4 && s.stride[1].unsigned_abs() < 1 << 28 {
+            // Longer blocks, eight slabs for a warp: half of the exchanges. A warp's slabs reach over at most four heads.
+            (s.warps, s.wide) = ((s.tile as u32).div_ceil(8).next_power_of_two() as i32, 1);
         }
         let (tiles, pages, teams) = (s.tiles as usize, self.batch * s.units as usize, WARPS / s.warps as usize);
         let blocks = (PROMPT_BLOCKS * self.device.processors()).min((tiles * pages).div_ceil(teams)).max(1);
@@ -178,7 +181,7 @@ impl Pages<'_> {
             cell_scale,
             cell_offset,
             parts: 0,
-            unused: 0,
+            wide: 0,
         })
     }
 
