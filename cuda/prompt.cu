@@ -6,7 +6,7 @@
 // expect: sm_90 LDGSTS.E.BYPASS.128 >= 8
 //
 // What cuda/seal.cu does for every kind of block, cuda/seal.cuh does here for these. Warps walk along the tokens of tiles of 4
-// slabs, the next 64 tokens or strips of 16 on their way while they work. Per channel two warps share a tile, since memory wants
+// slabs (8 of a longer block, so that fewer warps have to agree), the next 64 tokens or strips of 16 on their way while they work. Per channel two warps share a tile, since memory wants
 // rows of 128 bytes. Per token a warp has a tile of its own; warps of a team exchange the largest magnitudes of a longer block.
 #include "seal.cuh"
 #include "seal_arguments.cuh"
@@ -204,7 +204,8 @@ template <int SLABS> struct Tile {
 template <class T, bool VALUE, int SLABS>
 DEVICE void prompt_tokens(const SealArguments& a, const SealSide& s, const Run& run, uint32_t stages, const Codes& code, Team& team) {
   constexpr int COUNT = VALUE ? 4 : 2, STRIP = 16, RUNS = SLABS / 4, RUN_BYTES = STRIP * 128, STRIP_BYTES = RUNS * RUN_BYTES;
-  // Strips that are on their way: a stage is free while the strip in it is made codes of, or, of two, after.
+  // Strips that are on their way: all but the one that is worked on or, of two stages, both, the older one taken up again as soon
+  // as its numbers are held.
   constexpr int STAGES = STAGE_BYTES / STRIP_BYTES, AHEAD = RUNS == 1 ? 3 : 2;
   const int lane = lane_of();
   const uint32_t to = stages + lane / 8 * 128 + (lane ^ lane / 8) % 8 * 16;
