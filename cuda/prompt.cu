@@ -6,8 +6,9 @@
 // expect: sm_90 LDGSTS.E.BYPASS.128 >= 8
 //
 // What cuda/seal.cu does for every kind of block, cuda/seal.cuh does here for these. Warps walk along the tokens of tiles of 4
-// slabs (8 of a longer block, so that fewer warps have to agree), the next 64 tokens or strips of 16 on their way while they work. Per channel two warps share a tile, since memory wants
-// rows of 128 bytes. Per token a warp has a tile of its own; warps of a team exchange the largest magnitudes of a longer block.
+// slabs (8 of a longer block, so that fewer warps have to agree), the next 64 tokens or strips of 16 on their way while they work.
+// Per channel two warps share a tile, since memory wants rows of 128 bytes. Per token a warp has a tile of its own; warps of a team
+// exchange the largest magnitudes of a longer block.
 #include "seal.cuh"
 #include "seal_arguments.cuh"
 
