@@ -48,9 +48,20 @@ constexpr float LOG2E = 1.4426950408889634f, NOTHING = -1e30f;
 // What a kernel is compiled for: D channels of a head; keys with fields per channel (scale, mean) or one scale per token; values
 // with a scale for each token and BLOCK slabs. Pages come by the bulk copies of Hopper, a page ahead, or slab by slab into
 // registers.
-template <int D_, bool PER_TOKEN_, int BLOCK_, bool BULK_> struct Shape {
+//
+// TYPE: the element type of queries, exact tokens and output of a plain call, which has one query a sequence and no mask, cap or
+// log-sum-exp; 0: any call. What a kernel need not look up it does not hold: each instruction that runs for the first time comes
+// late, through a memory that others keep busy.
+template <int D_, bool PER_TOKEN_, int BLOCK_, bool BULK_, int TYPE_ = 0> struct Shape {
   static constexpr int D = D_, SLABS = D / SLAB_CHANNELS, BLOCK = BLOCK_, BLOCKS = (SLABS + BLOCK - 1) / BLOCK;
-  static constexpr bool PER_TOKEN = PER_TOKEN_, BULK = BULK_;
+  static constexpr bool PER_TOKEN = PER_TOKEN_, BULK = BULK_, PLAIN = TYPE_ != 0;
+  DEVICE static int q_dtype(const AttendArguments& a) { return PLAIN ? TYPE_ : a.q_dtype; }
+  DEVICE static int exact(const AttendArguments& a) { return PLAIN ? TYPE_ : a.exact; }
+  DEVICE static int out_dtype(const AttendArguments& a) { return PLAIN ? TYPE_ : a.out_dtype; }
+  DEVICE static bool masked(const AttendArguments& a) { return !PLAIN && a.masked; }
+  DEVICE static bool capped(const AttendArguments& a) { return !PLAIN && a.soft_cap > 0.f; }
+  DEVICE static bool says_lse(const AttendArguments& a) { return !PLAIN && a.lse; }
+  DEVICE static int queries(const AttendArguments& a) { return PLAIN ? 1 : a.queries; }
   static constexpr int CODES = 512 * SLABS;
   static constexpr int KEY_FIELDS = PER_TOKEN ? 2 * PAGE_TOKENS : 4 * D, VALUE_FIELDS = 2 * PAGE_TOKENS * BLOCKS;
   static constexpr int KEY_BYTES = (CODES + KEY_FIELDS + 127) / 128 * 128, VALUE_BYTES = (CODES + VALUE_FIELDS + 127) / 128 * 128;
@@ -62,6 +73,7 @@ template <int D_, bool PER_TOKEN_, int BLOCK_, bool BULK_> struct Shape {
   static constexpr bool WIDE = false, ORDERED = false, FEW = false;  // other widths, channels in an order of each head: attend_widths.cuh
   static constexpr int KEY_CODES = CODES, VALUE_CODES = CODES, TABLES = 65536;
   static constexpr int RAW = 4;                       // words of a lane for a slab
+  static constexpr int PART_ROW = D + 4;              // numbers of a column of a warp's part: its stores meet different banks
   static constexpr int PARTS = BULK ? 1 : 2;          // of a warp that have room of their own; with a page's room, the last one goes there
   static constexpr int MOST_WARPS = (BULK ? D > 128 || D == 96 : D >= 96 && !PER_TOKEN) ? 8 : 12;  // as in src/cuda/attend.rs: as many as registers allow
 };

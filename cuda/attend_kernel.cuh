@@ -17,13 +17,13 @@ template <int UNROLL> DEVICE void fill_table(const AttendArguments& a, uint8_t* 
 }
 
 // prefix[b] = items of the sequences before b, for one head; returns all.
-DEVICE int scan_items(const AttendArguments& a, int* prefix, const int4& ahead) {
+template <class S> DEVICE int scan_items(const AttendArguments& a, int* prefix, const int4& ahead) {
   if (threadIdx.x < 32) {
     int before = 0;
 #pragma unroll 1
     for (int first = 0; first < a.batch; first += 32) {
       const int b = first + threadIdx.x;
-      int x = b < a.batch ? items_of(a, b, first == 0 ? ahead : __ldg(a.counts + b)) : 0;
+      int x = b < a.batch ? items_of<S>(a, b, first == 0 ? ahead : __ldg(a.counts + b)) : 0;
 #pragma unroll
       for (int d = 1; d < 32; d <<= 1) {
         const int y = __shfl_up_sync(~0u, x, d);
@@ -39,7 +39,7 @@ DEVICE int scan_items(const AttendArguments& a, int* prefix, const int4& ahead) 
 }
 
 // The walk that begins at an item of all.
-DEVICE void begin_walk(const AttendArguments& a, const int* prefix, int at, Walk& walk) {
+template <class S> DEVICE void begin_walk(const AttendArguments& a, const int* prefix, int at, Walk<S>& walk) {
   const int places = a.heads * a.passes, inside = int(unsigned(at) / unsigned(places));
   int b = 0;
 #pragma unroll 1
@@ -72,12 +72,12 @@ template <class S> struct Room {
     facts = (Facts*)(parts + 2 * warps);
     last = (int*)(facts + warps), prefix = last + 6;
     numbers = a.parts_shared ? (float*)(stages + a.parts_shared)
-                             : a.partial + 2ll * gridDim.x * COLUMNS * (S::D + 2) + (long long)S::PARTS * blockIdx.x * warps * COLUMNS * S::D;
+                             : a.partial + 2ll * gridDim.x * COLUMNS * (S::D + 2) + (long long)S::PARTS * blockIdx.x * warps * COLUMNS * S::PART_ROW;
   }
   // [column][channel] of a part.
   DEVICE float* part(int p) const {
-    if (S::BULK) return p % 2 ? (float*)(stages + p / 2 * S::STAGE) : numbers + p / 2 * COLUMNS * S::D;
-    return numbers + p * COLUMNS * S::D;
+    if (S::BULK) return p % 2 ? (float*)(stages + p / 2 * S::STAGE) : numbers + p / 2 * COLUMNS * S::PART_ROW;
+    return numbers + p * COLUMNS * S::PART_ROW;
   }
 };
 
@@ -115,9 +115,9 @@ template <class S> DEVICE void merge(const AttendArguments& a) {
 #pragma unroll 1
           for (unsigned rest = group; rest; rest &= rest - 1) {
             const int p = __ffs(rest) - 1;
-            sum.add(p, *(const float4*)(room.part(p) + c * S::D + min(e, S::D - 4)));
+            sum.add(p, *(const float4*)(room.part(p) + c * S::PART_ROW + min(e, S::D - 4)));
           }
-          if (whole && e < S::D) finish(a, u, c, e, S::D, sum);
+          if (whole && e < S::D) finish<S>(a, u, c, e, sum);
           if (!whole && e < S::D) *(float4*)(block_parts + ((long long)slot * COLUMNS + c) * S::D + e) = sum.numbers();
         }
         if (!whole && lane == 0) block_columns[slot * COLUMNS + c] = make_float2(sum.most, sum.sum);
@@ -175,7 +175,7 @@ template <class S> DEVICE void merge(const AttendArguments& a) {
           }
           total.join(sum.most, sum.sum, sum.numbers());
         }
-        if (e < S::D) finish(a, u, c, e, S::D, total);
+        if (e < S::D) finish<S>(a, u, c, e, total);
       }
     }
   }
@@ -218,7 +218,7 @@ template <class S> DEVICE void attend(const AttendArguments& a) {
   if (S::BULK && lane == 0) begin_barrier(barrier), begin_barrier(barrier + 8), publish_barriers();
   __syncwarp();
   if (lane < 2) parts[2 * warp + lane].unit.number = -1;
-  const int places = a.heads * a.passes, items = scan_items(a, prefix, ahead) * places;
+  const int places = a.heads * a.passes, items = scan_items<S>(a, prefix, ahead) * places;
   const int blocks = min(int(gridDim.x), items);  // with fewer items than blocks, the last ones have nothing to do
   if (int(blockIdx.x) >= blocks) return;
   const Shares of_blocks(items, blocks);
@@ -226,7 +226,7 @@ template <class S> DEVICE void attend(const AttendArguments& a) {
   const Shares of_warps(block_end - block_begin, warps);
   const int begin = block_begin + of_warps.begin(warp), end = block_begin + of_warps.begin(warp + 1);
 
-  Walk walk;
+  Walk<S> walk;
   walk.facts = room.facts + warp;
   Queries<S> q;
   q.shared = keys + S::QUERIES_AT + 8 * lane;
@@ -270,7 +270,7 @@ template <class S> DEVICE void attend(const AttendArguments& a) {
       } else {
         page_scores(score, q, streamed<S, 0>(raw, x.values(a)), keys + S::KEY_FIELDS_AT, lane4);
       }
-      if (a.soft_cap > 0.f) {
+      if (S::capped(a)) {
         if (x.exact()) cap_scores((float(&)[1][4])score, a.soft_cap);
         else cap_scores(score, a.soft_cap);
       }
@@ -341,11 +341,16 @@ template <class S> DEVICE void attend(const AttendArguments& a) {
 
 }  // namespace nqkv
 
-#define ATTEND(NAME, D, PER_TOKEN, BLOCK, BULK)                                                                                  \
-  extern "C" __global__ void __launch_bounds__(32 * nqkv::Shape<D, PER_TOKEN, BLOCK, BULK>::MOST_WARPS, 1)                        \
-      NAME(const __grid_constant__ AttendArguments a) {                                                                          \
-    nqkv::attend<nqkv::Shape<D, PER_TOKEN, BLOCK, BULK>>(a);                                                                      \
+#define ATTEND_SHAPE(NAME, ...)                                                               \
+  extern "C" __global__ void __launch_bounds__(32 * nqkv::Shape<__VA_ARGS__>::MOST_WARPS, 1) \
+      NAME(const __grid_constant__ AttendArguments a) {                                       \
+    nqkv::attend<nqkv::Shape<__VA_ARGS__>>(a);                                                \
   }
+// Any call, and plain ones in bfloat16 and float16.
+#define ATTEND(NAME, ...)                    \
+  ATTEND_SHAPE(NAME, __VA_ARGS__)            \
+  ATTEND_SHAPE(NAME##_bf16, __VA_ARGS__, BF) \
+  ATTEND_SHAPE(NAME##_fp16, __VA_ARGS__, F16)
 
 // Keys of KEY bits, or mixed, and values of VALUE bits.
 #define ATTEND_WIDE(NAME, D, PER_TOKEN, BLOCK, BULK, KEY, VALUE)                                                                  \

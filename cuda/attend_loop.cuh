@@ -31,9 +31,9 @@ DEVICE int lowest(const AttendArguments& a, int b, int tokens) {
 }
 
 // Items of sequence b for one head, at least one, so that somebody writes its result.
-DEVICE int items_of(const AttendArguments& a, int b, const int4& n) {
+template <class S> DEVICE int items_of(const AttendArguments& a, int b, const int4& n) {
   const int all = (n.x + TILE_TOKENS - 1) / TILE_TOKENS + n.y + (n.z + TILE_TOKENS - 1) / TILE_TOKENS;
-  if (!a.masked || a.irregular) return max(all, 1);
+  if (!S::masked(a) || a.irregular) return max(all, 1);
   const int packed = packed_tokens(a, b, n);
   return max(all - first_item(a, n, packed, lowest(a, b, n.x + packed + n.z)), 1);
 }
@@ -57,8 +57,8 @@ struct Unit {
   int columns;
   int row;  // of the output, of the first query and head
   // Where a row of the output stands: column c.
-  DEVICE long long row_of(const AttendArguments& a, int c) const {
-    if (a.queries == 1) return row + column + c;
+  template <class S> DEVICE long long row_of(const AttendArguments& a, int c) const {
+    if (S::queries(a) == 1) return row + column + c;
     const int group = opaque(a.group), query = (column + c) / group;
     return (long long)row + query * a.heads * group + column + c - query * group;
   }
@@ -88,7 +88,7 @@ struct Facts {
   int position[2];  // of the first token of an item: of even ones, of odd ones
 };
 
-struct Walk {
+template <class S> struct Walk {
   Facts* facts;
 
   // `begin`: the unit's first item.
@@ -96,7 +96,7 @@ struct Walk {
     const int4 n = __ldg(a.counts + b);
     const int lane = threadIdx.x & 31;
     int first = 0, packed = 0, low = 0;
-    if (a.masked) {
+    if (S::masked(a)) {
       packed = a.irregular ? counted(a, b, 0, n.y) : packed_tokens(a, b, n);
       low = lowest(a, b, n.x + packed + n.z);
       if (!a.irregular) first = first_item(a, n, packed, low);
@@ -106,7 +106,7 @@ struct Walk {
       facts->n = n, facts->first = first, facts->packed = packed, facts->low = low, facts->known = 0, facts->known_position = n.x;
       Unit u;
       u.number = (b * a.heads + h) * a.passes + pass, u.begin = begin, u.end = begin + prefix[b + 1] - prefix[b], u.b = b, u.h = h;
-      u.column = pass * COLUMNS, u.columns = min(COLUMNS, a.queries * a.group - u.column), u.row = (b * a.queries * a.heads + h) * a.group;
+      u.column = pass * COLUMNS, u.columns = min(COLUMNS, S::queries(a) * a.group - u.column), u.row = (b * S::queries(a) * a.heads + h) * a.group;
       facts->unit = u;
     }
     __syncwarp();
@@ -129,7 +129,7 @@ struct Walk {
       const unsigned long long entry = __ldg(a.table + b * a.capacity + page);
       x.keys = (const uint8_t*)(entry & ADDRESS) + (long long)h * a.page_bytes;
       x.count = int(entry >> 56), position = n.x + page * PAGE_TOKENS;
-      if (a.masked && a.irregular) {
+      if (S::masked(a) && a.irregular) {
         const int known = facts->known;
         position = facts->known_position + counted(a, b, known, page);
         __syncwarp();
@@ -143,7 +143,7 @@ struct Walk {
       x.count = max(min((tail ? n.z : n.x) - slot, TILE_TOKENS), 0) | EXACT | (tail ? TAIL : 0);
       position = slot + (tail ? n.x + facts->packed : 0);
     }
-    if (a.masked) {
+    if (S::masked(a)) {
       if ((threadIdx.x & 31) == 0) facts->position[at & 1] = position;
       __syncwarp();
     }
@@ -167,8 +167,8 @@ struct Walk {
 #pragma unroll
     for (int c = 0; c < 2; c++) {
       int from = 0, to = count;
-      if (a.masked) {
-        const int end = tokens - a.queries + min((column + c) / opaque(a.group), a.queries - 1) + 1;
+      if (S::masked(a)) {
+        const int end = tokens - S::queries(a) + min((column + c) / opaque(a.group), S::queries(a) - 1) + 1;
         to = min(to, end - position);
         from = max(a.window ? end - a.window : 0, a.starts ? __ldg(a.starts + facts->unit.b) : 0) - position;
       }
@@ -184,60 +184,60 @@ struct Walk {
   }
   DEVICE bool needs_mask(const AttendArguments& a, const Item& x, int at) const {
     if (x.tokens() < (x.exact() ? TILE_TOKENS : PAGE_TOKENS)) return true;
-    if (!a.masked) return false;
+    if (!S::masked(a)) return false;
     const int tokens = facts->n.x + facts->packed + facts->n.z, position = facts->position[at & 1];
     const int last = a.window ? max(tokens - a.window, facts->low) : facts->low;
-    return position < last || position + x.tokens() > tokens - a.queries + 1;
+    return position < last || position + x.tokens() > tokens - S::queries(a) + 1;
   }
 };
 
 // ---- parts and results
 
-DEVICE uint32_t result_pair(const AttendArguments& a, float low, float high) {
+template <class S> DEVICE uint32_t result_pair(const AttendArguments& a, float low, float high) {
   const __nv_bfloat162 bf = __floats2bfloat162_rn(low, high);
-  return a.out_dtype == BF ? *(const uint32_t*)&bf : pair_of(low, high);
+  return S::out_dtype(a) == BF ? *(const uint32_t*)&bf : pair_of(low, high);
 }
 
-DEVICE void store_lse(const AttendArguments& a, long long row, float most, float sum) {
-  if (a.lse) a.lse[row] = sum > 0.f ? (most + log2f(sum)) * 0.6931471805599453f : -INFINITY;
+template <class S> DEVICE void store_lse(const AttendArguments& a, long long row, float most, float sum) {
+  if (S::says_lse(a)) a.lse[row] = sum > 0.f ? (most + log2f(sum)) * 0.6931471805599453f : -INFINITY;
 }
 
 // A warp's whole unit: out, with the factors of its lanes' two columns.
 template <class S> DEVICE void store_unit(const AttendArguments& a, const Unit& u, const State<S>& state) {
   const int g = (threadIdx.x & 31) / 4, t = threadIdx.x & 3;
   const float one = power_of_two(state.unit);
-  const float f0 = state.sum[0] > 0.f ? one / state.sum[0] : 0.f, f1 = state.sum[1] > 0.f ? one / state.sum[1] : 0.f;
-  if (a.out_dtype == F32) {
+  const float f0 = state.sum[0] > 0.f ? __fdividef(one, state.sum[0]) : 0.f, f1 = state.sum[1] > 0.f ? __fdividef(one, state.sum[1]) : 0.f;
+  if (S::out_dtype(a) == F32) {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       if (2 * t + i >= u.columns) continue;
-      float* const to = (float*)a.out + u.row_of(a, 2 * t + i) * S::D + g;
+      float* const to = (float*)a.out + u.template row_of<S>(a, 2 * t + i) * S::D + g;
 #pragma unroll
       for (int j = 0; j < S::SLABS; j++) to[16 * j] = state.out[j][i] * (i ? f1 : f0), to[16 * j + 8] = state.out[j][2 + i] * (i ? f1 : f0);
     }
   } else {
     // Transposed, a lane has two channels of column g.
-    uint32_t* const to = (uint32_t*)((uint16_t*)a.out + u.row_of(a, min(g, u.columns - 1)) * S::D + 2 * t);
+    uint32_t* const to = (uint32_t*)((uint16_t*)a.out + u.template row_of<S>(a, min(g, u.columns - 1)) * S::D + 2 * t);
 #pragma unroll
     for (int j = 0; j < S::SLABS; j++) {
-      const uint32_t low = transposed(result_pair(a, state.out[j][0] * f0, state.out[j][1] * f1));
-      const uint32_t high = transposed(result_pair(a, state.out[j][2] * f0, state.out[j][3] * f1));
+      const uint32_t low = transposed(result_pair<S>(a, state.out[j][0] * f0, state.out[j][1] * f1));
+      const uint32_t high = transposed(result_pair<S>(a, state.out[j][2] * f0, state.out[j][3] * f1));
       if (g < u.columns) to[8 * j] = low, to[8 * j + 4] = high;
     }
   }
-  if (g == 0 && 2 * t < u.columns) store_lse(a, u.row_of(a, 2 * t), state.most[0], state.sum[0]);
-  if (g == 0 && 2 * t + 1 < u.columns) store_lse(a, u.row_of(a, 2 * t + 1), state.most[1], state.sum[1]);
+  if (g == 0 && 2 * t < u.columns) store_lse<S>(a, u.template row_of<S>(a, 2 * t), state.most[0], state.sum[0]);
+  if (g == 0 && 2 * t + 1 < u.columns) store_lse<S>(a, u.template row_of<S>(a, 2 * t + 1), state.most[1], state.sum[1]);
 }
 
 // A part of a unit: [column][channel].
 template <class S> DEVICE void store_part(const State<S>& state, float* to) {
   const int g = (threadIdx.x & 31) / 4, t = threadIdx.x & 3;
   const float one = power_of_two(state.unit);
-  to += 2 * t * S::D + g;
+  to += 2 * t * S::PART_ROW + g;
 #pragma unroll
   for (int j = 0; j < S::SLABS; j++) {
-    to[16 * j] = state.out[j][0] * one, to[16 * j + S::D] = state.out[j][1] * one;
-    to[16 * j + 8] = state.out[j][2] * one, to[16 * j + 8 + S::D] = state.out[j][3] * one;
+    to[16 * j] = state.out[j][0] * one, to[16 * j + S::PART_ROW] = state.out[j][1] * one;
+    to[16 * j + 8] = state.out[j][2] * one, to[16 * j + 8 + S::PART_ROW] = state.out[j][3] * one;
   }
 }
 
@@ -277,12 +277,12 @@ struct Sum {
 };
 
 // Four channels of a column.
-DEVICE void finish(const AttendArguments& a, const Unit& u, int c, int channel, int dim, const Sum& x) {
-  const long long row = u.row_of(a, c), at = row * dim + channel;
-  const float f = x.sum > 0.f ? __frcp_rn(x.sum) : 0.f;
-  if (a.out_dtype == F32) *(float4*)((float*)a.out + at) = make_float4(x.number[0] * f, x.number[1] * f, x.number[2] * f, x.number[3] * f);
-  else *(uint2*)((uint16_t*)a.out + at) = make_uint2(result_pair(a, x.number[0] * f, x.number[1] * f), result_pair(a, x.number[2] * f, x.number[3] * f));
-  if (channel == 0) store_lse(a, row, x.most, x.sum);
+template <class S> DEVICE void finish(const AttendArguments& a, const Unit& u, int c, int channel, const Sum& x) {
+  const long long row = u.template row_of<S>(a, c), at = row * S::D + channel;
+  const float f = x.sum > 0.f ? __fdividef(1.f, x.sum) : 0.f;
+  if (S::out_dtype(a) == F32) *(float4*)((float*)a.out + at) = make_float4(x.number[0] * f, x.number[1] * f, x.number[2] * f, x.number[3] * f);
+  else *(uint2*)((uint16_t*)a.out + at) = make_uint2(result_pair<S>(a, x.number[0] * f, x.number[1] * f), result_pair<S>(a, x.number[2] * f, x.number[3] * f));
+  if (channel == 0) store_lse<S>(a, row, x.most, x.sum);
 }
 
 }  // namespace nqkv

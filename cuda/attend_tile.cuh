@@ -57,6 +57,25 @@ DEVICE uint32_t gathered(const uint8_t* row, uint32_t channels) {
   return uint32_t(__ldg(x + (channels & 0xffff))) | uint32_t(__ldg(x + (channels >> 16))) << 16;
 }
 
+// The largest magnitude of N pairs, in a lane.
+template <int N> DEVICE float largest(const uint32_t (&pair)[N], int dtype) {
+  // Pairs stay pairs: as many floats would fill the registers.
+  uint32_t top = 0;
+  if (dtype == F16) {
+#pragma unroll
+    for (int i = 0; i < N; i++) top = bits(__hmax2(halves(top), __habs2(halves(pair[i]))));
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+      const uint32_t word = pair[i] & 0x7fff7fff;
+      const __nv_bfloat162 most = __hmax2(*(const __nv_bfloat162*)&top, *(const __nv_bfloat162*)&word);
+      top = *(const uint32_t*)&most;
+    }
+  }
+  const float2 x = numbers(top, dtype);
+  return fmaxf(x.x, x.y);
+}
+
 // Queries of 8 columns as B operands. Each column is multiplied by a power of two, so that its largest number is in
 // [0.5, 1) * 2^14: then products with a page's scales neither vanish in fp16 for scales down to 1e-6, nor overflow for scales below
 // 2. Where a page has larger ones, the column comes down to [0.5, 1) and stays there.
@@ -73,8 +92,8 @@ template <class S> struct Queries {
   // Begins to load column `first` and those after it, of head h; `prepare` ends it.
   DEVICE void fetch(const AttendArguments& a, int sequence, int h, int first) {
     const int lane = threadIdx.x & 31, g = lane / 4, t = lane % 4, c = first + g, group = opaque(a.group);
-    const bool have = c < a.queries * group;
-    const int query = a.queries == 1 ? 0 : c / group, head = h * group + c - query * group;
+    const bool have = c < S::queries(a) * group;
+    const int query = S::queries(a) == 1 ? 0 : c / group, head = h * group + c - query * group;
     const uint8_t* from = a.q + opaque(sequence) * a.q_stride[0] + head * a.q_stride[1] + query * a.q_stride[2] + 4 * t;
     if constexpr (S::ORDERED) gather(have, order_of(a, h, S::D), from - 4 * t);
     else follow(have, from);
@@ -93,21 +112,15 @@ template <class S> struct Queries {
   }
   DEVICE void prepare(const AttendArguments& a) {
     const int t = threadIdx.x & 3;
-    float top = 0.f;
-#pragma unroll
-    for (int j = 0; j < 2 * S::SLABS; j++) {
-      const float2 x = numbers(b[j / 2][j % 2], a.q_dtype);
-      top = fmaxf(top, fmaxf(fabsf(x.x), fabsf(x.y)));
-    }
+    float top = largest((const uint32_t(&)[2 * S::SLABS])b, S::q_dtype(a));
     top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
     top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-    const int e = min(max(int(__float_as_uint(top) >> 23) - 126, -126), 126);
-    const int lift = S::PER_TOKEN ? 0 : LIFT;
-    const float down = power_of_two(-e);
+    const int e = min(max(int(__float_as_uint(top) >> 23) - 126, -112), 126), lift = S::PER_TOKEN ? 0 : LIFT;
+    const float down = power_of_two(lift - e);
 #pragma unroll
     for (int j = 0; j < 2 * S::SLABS; j++) {
-      const float2 x = numbers(b[j / 2][j % 2], a.q_dtype);
-      b[j / 2][j % 2] = pair_of(x.x * down * power_of_two(lift), x.y * down * power_of_two(lift));
+      const float2 x = numbers(b[j / 2][j % 2], S::q_dtype(a));
+      b[j / 2][j % 2] = pair_of(x.x * down, x.y * down);
     }
     if constexpr (S::QUERIES_SHARED) {
 #pragma unroll
@@ -147,6 +160,13 @@ template <class S> struct Queries {
 // again as soon as it is used, for the side that comes next.
 template <class S> struct Raw {
   uint32_t slab[S::SLABS][S::RAW];
+  // The largest magnitude of exact numbers.
+  DEVICE float largest(int dtype) const {
+    uint32_t pair[4 * S::SLABS];
+#pragma unroll
+    for (int i = 0; i < 4 * S::SLABS; i++) pair[i] = slab[i / 4][i % 4];
+    return nqkv::largest(pair, dtype);
+  }
   // Of a page: each lane 16 bytes.
   template <int J> DEVICE void page(const uint8_t* from) { load_once<512 * J>(slab[J], from); }
   // Of 16 exact tokens: pairs of channels of tokens g and g + 8. Zeros beyond the count.
@@ -253,28 +273,9 @@ template <class S, class C> DEVICE void page_scores(float (&score)[4][4], Querie
   }
 }
 
-// The largest magnitude of exact numbers, in a lane.
-template <class S> DEVICE float largest(const Raw<S>& raw, int dtype) {
-  // Pairs stay pairs: as many floats would fill the registers.
-  uint32_t top = 0;
-  if (dtype == F16) {
-#pragma unroll
-    for (int i = 0; i < 4 * S::SLABS; i++) top = bits(__hmax2(halves(top), __habs2(halves(raw.slab[i / 4][i % 4]))));
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4 * S::SLABS; i++) {
-      const uint32_t word = raw.slab[i / 4][i % 4] & 0x7fff7fff;
-      const __nv_bfloat162 most = __hmax2(*(const __nv_bfloat162*)&top, *(const __nv_bfloat162*)&word);
-      top = *(const uint32_t*)&most;
-    }
-  }
-  const float2 x = numbers(top, dtype);
-  return fmaxf(x.x, x.y);
-}
-
 // The same with 16 exact tokens, divided by a power of two that makes them fit fp16.
 template <class S> DEVICE void exact_scores(float (&score)[4], const AttendArguments& a, const Queries<S>& q, const Raw<S>& raw) {
-  float top = largest(raw, a.exact);
+  float top = raw.largest(S::exact(a));
 #pragma unroll
   for (int d = 1; d < 32; d <<= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, d));
   const int e = min(max(int(__float_as_uint(top) >> 23) - 126, -126), 126);
@@ -285,7 +286,7 @@ template <class S> DEVICE void exact_scores(float (&score)[4], const AttendArgum
     uint32_t k[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      const float2 x = numbers(raw.slab[j][i], a.exact);
+      const float2 x = numbers(raw.slab[j][i], S::exact(a));
       k[i] = pair_of(x.x * down, x.y * down);
     }
     const uint2 b = q.slab(j);
@@ -375,14 +376,14 @@ template <class S, class C> DEVICE void add_page(State<S>& state, const uint32_t
 // Adds 16 exact values: those beyond the count are zeros.
 template <class S> DEVICE void add_exact(State<S>& state, const AttendArguments& a, const uint32_t (&weight)[2], const Raw<S>& raw) {
   const uint32_t b0 = transposed(weight[0]), b1 = transposed(weight[1]);
-  state.fit(largest(raw, a.exact));
+  state.fit(raw.largest(S::exact(a)));
   const float down = power_of_two(-state.unit);
 #pragma unroll
   for (int j = 0; j < S::SLABS; j++) {
     uint32_t v[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      const float2 x = numbers(raw.slab[j][i], a.exact);
+      const float2 x = numbers(raw.slab[j][i], S::exact(a));
       v[i] = transposed(pair_of(x.x * down, x.y * down));
     }
     // Tokens are rows as they come, columns once transposed.

@@ -11,7 +11,7 @@ use std::ffi::c_void;
 use cudarc::driver::result;
 use half::f16;
 
-use self::kernels::Keys;
+use self::kernels::{Calls, Keys};
 use self::widths::Widths;
 use super::codec::dtype_number;
 use super::driver::{Device, Stream, error};
@@ -185,6 +185,11 @@ fn parts_of_warp(bulk: bool) -> usize {
     if bulk { 1 } else { 2 }
 }
 
+/// Numbers of a column of a warp's part, as in `cuda/attend.cuh`.
+fn part_row(dim: usize) -> usize {
+    dim + 4
+}
+
 /// A warp's room in shared memory: a page or its fields, and queries of large heads.
 fn stage_bytes(codec: &PageCodec, keys: Keys, bulk: bool) -> usize {
     let (key, value) = (&codec.key.layout, &codec.value.layout);
@@ -247,7 +252,7 @@ impl Plan {
         if warps == 0 {
             return Err(format!("{} bytes of shared memory, got {shared_limit}", fixed + of_warp));
         }
-        let (parts, end) = (parts_of_warp(bulk) * warps * COLUMNS * dim * 4, fixed + warps * of_warp);
+        let (parts, end) = (parts_of_warp(bulk) * warps * COLUMNS * part_row(dim) * 4, fixed + warps * of_warp);
         let fits = end + parts <= shared_limit;
         let parts_shared = if fits { end - tables } else { 0 };
         let shared = if fits { end + parts } else { end };
@@ -256,7 +261,7 @@ impl Plan {
 
     /// Bytes of workspace.
     pub(super) fn workspace(&self) -> Workspace {
-        let of_warps = if self.parts_shared > 0 { 0 } else { parts_of_warp(self.bulk) * self.warps * COLUMNS * self.dim };
+        let of_warps = if self.parts_shared > 0 { 0 } else { parts_of_warp(self.bulk) * self.warps * COLUMNS * part_row(self.dim) };
         Workspace(ARRIVED_BYTES + 4 * self.blocks * (2 * COLUMNS * (self.dim + 2) + of_warps))
     }
 }
@@ -318,7 +323,15 @@ impl Pages<'_> {
             key_slabs: [8, 6, 5, 4, 3, 2, 1, 0]
                 .map(|width| self.codec.key.layout.slabs.iter().filter(|s| s.width == width).count() as u8),
         };
-        let function = kernels::function(self.device, plan.keys, plan.dim, plan.bulk, self.device.shared_limit())?;
+        let plain = !masked && call.soft_cap.is_none() && call.lse == 0;
+        let calls = match [self.exact, call.q.dtype, call.out.1] {
+            _ if matches!(plan.keys, Keys::Wide(..)) => Calls::Any,
+            [Dtype::Bf16, Dtype::Bf16, Dtype::Bf16] if plain => Calls::PlainBf16,
+            [Dtype::F16, Dtype::F16, Dtype::F16] if plain => Calls::PlainFp16,
+            _ => Calls::Any,
+        };
+        let shared_limit = self.device.shared_limit();
+        let function = kernels::function(self.device, (plan.keys, calls), plan.dim, plan.bulk, shared_limit)?;
         self.device.bind()?;
         let handle = std::ptr::with_exposed_provenance_mut(stream.0);
         let (grid, threads) = ((plan.blocks as u32, 1, 1), (32 * plan.warps as u32, 1, 1));

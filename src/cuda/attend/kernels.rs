@@ -29,6 +29,25 @@ pub(super) enum Fields {
     Token,
 }
 
+/// Which calls a kernel takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Calls {
+    /// All.
+    Any,
+    /// One query of each sequence that attends everything, no cap, no log-sum-exp; queries, exact tokens and output in bfloat16.
+    PlainBf16,
+    /// The same in float16.
+    PlainFp16,
+}
+
+/// Those that there are kernels for.
+fn calls_of(keys: Keys) -> &'static [Calls] {
+    match keys {
+        Keys::Wide(..) => &[Calls::Any],
+        _ => &[Calls::Any, Calls::PlainBf16, Calls::PlainFp16],
+    }
+}
+
 /// One PTX: a head size, for devices that copy pages in bulk (compute capability 9.0) or for all others.
 struct Source {
     dim: usize,
@@ -101,13 +120,18 @@ pub(super) struct Function(pub(super) sys::CUfunction);
 unsafe impl Send for Function {}
 
 /// Loaded ones, by device and kernel.
-type Loaded = Vec<((usize, usize, Keys, bool), Function)>;
+type Loaded = Vec<((usize, usize, Keys, bool, Calls), Function)>;
 static LOADED: Mutex<Loaded> = Mutex::new(Vec::new());
 
-fn name(keys: Keys, dim: usize) -> String {
+fn name(keys: Keys, dim: usize, calls: Calls) -> String {
+    let calls = match calls {
+        Calls::Any => "",
+        Calls::PlainBf16 => "_bf16",
+        Calls::PlainFp16 => "_fp16",
+    };
     match keys {
-        Keys::Channel => format!("attend_channel_{dim}"),
-        Keys::Token => format!("attend_token_{dim}"),
+        Keys::Channel => format!("attend_channel_{dim}{calls}"),
+        Keys::Token => format!("attend_token_{dim}{calls}"),
         Keys::Wide(Widths::Even(bits), Fields::Channel) => format!("attend_channel_k{bits}v{bits}_{dim}"),
         Keys::Wide(Widths::Even(bits), Fields::Token) => format!("attend_token_k{bits}v{bits}_{dim}"),
         Keys::Wide(Widths::Mixed { value }, _) => format!("attend_mixed_v{value}_{dim}"),
@@ -116,8 +140,14 @@ fn name(keys: Keys, dim: usize) -> String {
 }
 
 /// The kernel, loaded if it was not; `shared` is the most dynamic shared memory that a launch asks for.
-pub(super) fn function(device: &Device, keys: Keys, dim: usize, bulk: bool, shared: usize) -> Result<Function> {
-    let key = (device.ordinal(), dim, keys, bulk);
+pub(super) fn function(
+    device: &Device,
+    (keys, calls): (Keys, Calls),
+    dim: usize,
+    bulk: bool,
+    shared: usize,
+) -> Result<Function> {
+    let key = (device.ordinal(), dim, keys, bulk, calls);
     let mut loaded = LOADED.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     if let Some((_, found)) = loaded.iter().find(|(k, _)| *k == key) {
         return Ok(*found);
@@ -128,15 +158,15 @@ pub(super) fn function(device: &Device, keys: Keys, dim: usize, bulk: bool, shar
     let image = CString::new(source.ptx).expect("PTX has no NUL");
     // SAFETY: NUL-terminated PTX.
     let module = unsafe { result::module::load_data(image.as_ptr().cast()) }.map_err(error("loading attention"))?;
-    for &keys in source.keys {
-        let entry = CString::new(name(keys, dim)).expect("names have no NUL");
+    for (&keys, &calls) in source.keys.iter().flat_map(|keys| calls_of(*keys).iter().map(move |calls| (keys, calls))) {
+        let entry = CString::new(name(keys, dim, calls)).expect("names have no NUL");
         // SAFETY: a module that was just loaded in the current context, and is never unloaded.
         let function = unsafe { result::module::get_function(module, entry) }.map_err(error("attention kernel"))?;
         let limit = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         // SAFETY: a loaded function.
         unsafe { result::function::set_function_attribute(function, limit, shared as i32) }
             .map_err(error("shared memory of attention"))?;
-        loaded.push(((device.ordinal(), dim, keys, bulk), Function(function)));
+        loaded.push(((device.ordinal(), dim, keys, bulk, calls), Function(function)));
     }
     let found = loaded.iter().find(|(k, _)| *k == key).expect("a kernel of the table");
     Ok(found.1)
@@ -151,10 +181,10 @@ mod tests {
         for source in SOURCES {
             let target = if source.bulk { ".target sm_90\n" } else { ".target sm_80\n" };
             assert!(source.ptx.contains(".version 8.0") && source.ptx.contains(target), "{}", source.dim);
-            for &keys in source.keys {
-                assert!(source.ptx.contains(&format!(".entry {}(", name(keys, source.dim))), "{}", source.dim);
+            for (&keys, &calls) in source.keys.iter().flat_map(|keys| calls_of(*keys).iter().map(move |calls| (keys, calls))) {
+                assert!(source.ptx.contains(&format!(".entry {}(", name(keys, source.dim, calls))), "{}", source.dim);
             }
-            assert_eq!(source.ptx.matches(".entry ").count(), source.keys.len());
+            assert_eq!(source.ptx.matches(".entry ").count(), source.keys.iter().map(|&keys| calls_of(keys).len()).sum::<usize>());
         }
     }
 }
