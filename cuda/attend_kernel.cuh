@@ -70,7 +70,7 @@ template <class S> struct Room {
     barriers = (uint64_t*)(stages + warps * S::STAGE);
     parts = (Part*)(barriers + 2 * warps);
     facts = (Facts*)(parts + 2 * warps);
-    last = (int*)(facts + warps), prefix = last + 6;
+    last = (int*)(facts + warps), prefix = last + 8;
     numbers = a.parts_shared ? (float*)(stages + a.parts_shared)
                              : a.partial + 2ll * gridDim.x * COLUMNS * (S::D + 2) + (long long)S::PARTS * blockIdx.x * warps * COLUMNS * S::PART_ROW;
   }
@@ -81,102 +81,100 @@ template <class S> struct Room {
   }
 };
 
-// Parts of this block's warps, unit by unit; then parts of blocks, by the last of a unit's.
+// Parts of this block's warps, which stand in the order of their items; then parts of blocks, by the last of a unit's to arrive. A
+// thread has four channels of a column. As few instructions as can be: each runs once, and comes late.
 template <class S> DEVICE void merge(const AttendArguments& a) {
-  const int warps = opaque(blockDim.x / 32);
+  constexpr int QUADS = S::D / 4;
+  const int threads = opaque(blockDim.x), warps = threads / 32;
   const Room<S> room(a, warps);
   const Part* const parts = room.parts;
   int *const last = room.last, *const prefix = room.prefix;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
   const int items = *(const volatile int*)(prefix + a.batch) * a.heads * a.passes;
   const Shares of_blocks(items, min(int(gridDim.x), items));
   const int block_begin = of_blocks.begin(blockIdx.x), block_end = of_blocks.begin(blockIdx.x + 1);
-  float* const block_parts = a.partial;
-  float2* const block_columns = (float2*)(block_parts + 2ll * gridDim.x * COLUMNS * S::D);
-  const int mine = lane < 2 * warps ? parts[lane].unit.number : -1;
-  // A part of the unit that other blocks have begun, and of the one that others go on with.
-  int early = -1, late = -1, item = 0;
-  for (unsigned left = __ballot_sync(~0u, mine >= 0); left;) {
-    const int first = __ffs(left) - 1;
-    const unsigned group = __ballot_sync(~0u, mine == __shfl_sync(~0u, mine, first));
-    left &= ~group;
-    const Unit& u = parts[first].unit;
-    const bool whole = u.begin >= block_begin && u.end <= block_end, is_late = u.begin > block_begin;
-    const int slot = 2 * blockIdx.x + is_late, columns = u.columns;
-    if (!whole) (is_late ? late : early) = first;
-    for (int c = 0; c < columns; c++) {
-      if (item == warp) {
-        const float2 part = group >> lane & 1 ? parts[lane].column[c] : make_float2(NOTHING, 0.f);
-        Sum sum;
-#pragma unroll
-        for (int turn = 0; turn < (S::D + 127) / 128; turn++) {
-          const int e = 128 * turn + 4 * lane;
-          sum.begin(part);
+  float2* const block_columns = (float2*)(a.partial + 2ll * gridDim.x * COLUMNS * S::D);
+  int early = -1, late = -1;  // a part of the unit that other blocks have begun, and of the one that others go on with
 #pragma unroll 1
-          for (unsigned rest = group; rest; rest &= rest - 1) {
-            const int p = __ffs(rest) - 1;
-            sum.add(p, *(const float4*)(room.part(p) + c * S::PART_ROW + min(e, S::D - 4)));
+  for (int e = threadIdx.x; e < COLUMNS * QUADS; e += threads) {
+    const int column = e / QUADS, channel = e % QUADS * 4;
+    Sum sum;
+    int p = -1, number = -1;  // the part that came last, and its unit
+#pragma unroll 1
+    for (int next = 0; next <= 2 * warps; next++) {
+      const int its = next < 2 * warps ? parts[next].unit.number : -2;
+      if (its == -1) continue;
+      if (its != number) {
+        if (number >= 0) {
+          const Unit& u = parts[p].unit;
+          const bool is_late = u.begin > block_begin;
+          if (u.begin >= block_begin && u.end <= block_end) {
+            if (column < u.columns) finish<S>(a, u, column, channel, sum);
+          } else {
+            const int slot = 2 * blockIdx.x + is_late;
+            (is_late ? late : early) = p;
+            *(float4*)(a.partial + ((long long)slot * COLUMNS + column) * S::D + channel) = sum.numbers();
+            if (channel == 0) block_columns[slot * COLUMNS + column] = make_float2(sum.most, sum.sum);
           }
-          if (whole && e < S::D) finish<S>(a, u, c, e, sum);
-          if (!whole && e < S::D) *(float4*)(block_parts + ((long long)slot * COLUMNS + c) * S::D + e) = sum.numbers();
         }
-        if (!whole && lane == 0) block_columns[slot * COLUMNS + c] = make_float2(sum.most, sum.sum);
+        number = its, sum.clear();
       }
-      item = item + 1 == warps ? 0 : item + 1;
+      if (its < 0) break;
+      p = next;
+      sum.add(parts[p].column[column], *(const float4*)(room.part(p) + column * S::PART_ROW + channel));
     }
   }
-  if (early < 0 && late < 0) return;
-  __threadfence();
-  __syncthreads();
+  // All threads know the same of these, but for those without a column.
+  if (!any_of_block(early >= 0 || late >= 0)) return;
   if (threadIdx.x < 2) {
     const int p = threadIdx.x == 0 ? early : late;
-    int* const said = last + 3 * threadIdx.x;  // whether this is the last block; the unit's first and last one
+    int* const said = last + 4 * threadIdx.x;  // whether this is the last block; the unit's first and last one; a part
     said[0] = 0;
     if (p >= 0) {
       const Unit& u = parts[p].unit;
-      said[1] = of_blocks.part_of(u.begin), said[2] = of_blocks.part_of(u.end - 1);
-      said[0] = atomicAdd(a.arrived + u.number, 1) == said[2] - said[1];
-      if (said[0]) a.arrived[u.number] = 0;
+      const int from = of_blocks.part_of(u.begin), to = of_blocks.part_of(u.end - 1);
+      __threadfence();
+      const bool is_last = atomicAdd(a.arrived + u.number, 1) == to - from;
+      if (is_last) a.arrived[u.number] = 0;
+      __threadfence();
+      said[0] = is_last, said[1] = from, said[2] = to, said[3] = p;
     }
   }
   __syncthreads();
 #pragma unroll 1
   for (int which = 0; which < 2; which++) {
-    if (!last[3 * which]) continue;
-    __threadfence();
-    const Unit& u = parts[which == 0 ? early : late].unit;
-    const int first_block = last[3 * which + 1], last_block = last[3 * which + 2];
+    const int* const said = last + 4 * which;
+    if (!said[0]) continue;
+    const Unit& u = parts[said[3]].unit;
+    const int first_block = said[1], last_block = said[2];
     // In its first block a unit may begin in the middle; there it is the last one.
     const int first_slot = 2 * first_block + (u.begin > of_blocks.begin(first_block));
-    for (int c = warp; c < u.columns; c += warps) {
-#pragma unroll
-      for (int turn = 0; turn < (S::D + 127) / 128; turn++) {
-        const int e = 128 * turn + 4 * lane;
-        Sum total;
-        total.most = NOTHING, total.sum = total.number[0] = total.number[1] = total.number[2] = total.number[3] = 0.f;
 #pragma unroll 1
-        for (int first = first_block; first <= last_block; first += 32) {
-          const int k = first + lane, n = min(32, last_block + 1 - first);
-          const float2 part = k <= last_block ? __ldcg(block_columns + (k == first_block ? first_slot : 2 * k) * COLUMNS + c) : make_float2(NOTHING, 0.f);
-          Sum sum;
-          // Eight at a time: one trip to memory.
+    for (int e = threadIdx.x; e < u.columns * QUADS; e += threads) {
+      const int column = e / QUADS, channel = e % QUADS * 4;
+      Sum sum;
+      sum.clear();
+      // Six at a time: one trip to memory. The workspace goes on beyond the last slot.
 #pragma unroll 1
-          for (int i = 0; i < n; i += 8) {
-            float4 x[8];
+      for (int k = first_block; k <= last_block; k += 6) {
+        const int slot = 2 * COLUMNS * k + column, begun = k == first_block ? first_slot * COLUMNS + column : slot;
+        float4 x[6];
+        float2 part[6];
+        part[0] = __ldcg(block_columns + begun), x[0] = __ldcg((const float4*)(a.partial + (long long)begun * S::D + channel));
+        const float2* const columns = block_columns + slot;
+        const float* const numbers = a.partial + (long long)slot * S::D + channel;
 #pragma unroll
-            for (int j = 0; j < 8; j++) {
-              const int k = first + min(i + j, n - 1), s = k == first_block ? first_slot : 2 * k;
-              x[j] = __ldcg((const float4*)(block_parts + ((long long)s * COLUMNS + c) * S::D + min(e, S::D - 4)));
-            }
-            if (i == 0) sum.begin(part);
+        for (int j = 1; j < 6; j++)
+          part[j] = __ldcg(columns + 2 * COLUMNS * j), x[j] = __ldcg((const float4*)(numbers + 2 * COLUMNS * S::D * j));
+        float top = sum.most;
 #pragma unroll
-            for (int j = 0; j < 8; j++)
-              if (i + j < n) sum.add(i + j, x[j]);
-          }
-          total.join(sum.most, sum.sum, sum.numbers());
-        }
-        if (e < S::D) finish<S>(a, u, c, e, total);
+        for (int j = 0; j < 6; j++)
+          if (k + j <= last_block) top = fmaxf(top, part[j].x);
+        sum.rescale(top);
+#pragma unroll
+        for (int j = 0; j < 6; j++)
+          if (k + j <= last_block) sum.add_below(part[j], x[j]);
       }
+      finish<S>(a, u, column, channel, sum);
     }
   }
 }

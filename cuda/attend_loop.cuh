@@ -247,32 +247,22 @@ struct alignas(16) Part {
   Unit unit;  // number -1: none
 };
 
-// A warp sums one column of up to 32 parts: lane i gives maximum and sum of part i (sum 0: no such part), `numbers(i)` a lane's
-// four channels of part i. Channels beyond 128 take another turn of the caller's.
+// Four channels of a column of several parts.
 struct Sum {
-  float most, sum, factor, number[4];
-  DEVICE void begin(float2 part) {
-    most = part.y > 0.f ? part.x : NOTHING;
-#pragma unroll
-    for (int d = 16; d > 0; d >>= 1) most = fmaxf(most, __shfl_xor_sync(~0u, most, d));
-    factor = part.y > 0.f ? exp2_of(part.x - most) : 0.f;
-    sum = factor * part.y;
-#pragma unroll
-    for (int d = 16; d > 0; d >>= 1) sum += __shfl_xor_sync(~0u, sum, d);
-    number[0] = number[1] = number[2] = number[3] = 0.f;
+  float most, sum, number[4];
+  DEVICE void clear() { most = NOTHING, sum = number[0] = number[1] = number[2] = number[3] = 0.f; }
+  DEVICE void rescale(float top) {
+    const float f = exp2_of(most - top);
+    most = top, sum *= f, number[0] *= f, number[1] *= f, number[2] *= f, number[3] *= f;
   }
-  DEVICE void add(int i, float4 x) {
-    const float f = __shfl_sync(~0u, factor, i);
+  // A part whose maximum is not above.
+  DEVICE void add_below(float2 part, float4 x) {
+    const float f = exp2_of(part.x - most);
+    sum = fmaf(f, part.y, sum);
     number[0] = fmaf(f, x.x, number[0]), number[1] = fmaf(f, x.y, number[1]);
     number[2] = fmaf(f, x.z, number[2]), number[3] = fmaf(f, x.w, number[3]);
   }
-  // Joins what `other` parts gave.
-  DEVICE void join(float other_most, float other_sum, float4 x) {
-    const float m = fmaxf(most, other_most), f = exp2_of(most - m), p = exp2_of(other_most - m);
-    sum = fmaf(sum, f, other_sum * p), most = m;
-    number[0] = fmaf(number[0], f, x.x * p), number[1] = fmaf(number[1], f, x.y * p);
-    number[2] = fmaf(number[2], f, x.z * p), number[3] = fmaf(number[3], f, x.w * p);
-  }
+  DEVICE void add(float2 part, float4 x) { rescale(fmaxf(most, part.x)), add_below(part, x); }
   DEVICE float4 numbers() const { return make_float4(number[0], number[1], number[2], number[3]); }
 };
 

@@ -10,6 +10,7 @@ DEVICE uint8_t* shared_memory() {
   extern __shared__ __align__(1024) uint8_t dynamic[];
   return dynamic;
 }
+DEVICE bool any_of_block(bool x) { return __syncthreads_or(x); }
 DEVICE void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])

@@ -187,11 +187,11 @@ class Device:
         if mixed:
             room += 16 * dim + -(-(8 * mixed * dim + 4 * dim) // 128) * 128
             room -= self.cache.core.value_offset
-        end = (warps * (room + 16 + 192 + 128) + 24 + 4 * (self.batch + 1) + 15) // 16 * 16
+        end = (warps * (room + 16 + 192 + 128) + 32 + 4 * (self.batch + 1) + 15) // 16 * 16
         out = np.full((self.batch, queries, q_heads, dim), np.nan, np.float32)
         lse = np.full((self.batch, queries, q_heads), np.nan, np.float32)
         arrived = np.zeros(self.batch * self.heads * passes, np.int32)
-        partial = np.full(2 * blocks * 8 * (dim + 2) + 2 * blocks * warps * 8 * (dim + 4), np.nan, "f4")
+        partial = np.full(80 * dim + 2 * blocks * 8 * (dim + 2) + 2 * blocks * warps * 8 * (dim + 4), np.nan, "f4")
         bits = sixteen(q, "bfloat16")
         starts = np.asarray(words.get("starts") or [0] * self.batch, np.int32)
         arrays = [self.counts, self.table, *self.parts[0], *self.parts[1], bits, out, lse]

@@ -245,7 +245,7 @@ impl Plan {
         // Of a warp: its room, two barriers, two parts of a merge, what it knows of its sequence. Then what is known of two units,
         // and where each sequence begins.
         let of_warp = stage_bytes(codec, keys, bulk) + 16 + 2 * 96 + 128;
-        let (sequences, tables) = (24 + 4 * (batch + 1), TABLE_AT + keys.table_bytes());
+        let (sequences, tables) = (32 + 4 * (batch + 1), TABLE_AT + keys.table_bytes());
         let fixed = tables + sequences.next_multiple_of(16);
         let most = most_warps(keys, dim, bulk);
         let warps = (shared_limit.saturating_sub(fixed) / of_warp).min(most);
@@ -262,7 +262,8 @@ impl Plan {
     /// Bytes of workspace.
     pub(super) fn workspace(&self) -> Workspace {
         let of_warps = if self.parts_shared > 0 { 0 } else { parts_of_warp(self.bulk) * self.warps * COLUMNS * part_row(self.dim) };
-        Workspace(ARRIVED_BYTES + 4 * self.blocks * (2 * COLUMNS * (self.dim + 2) + of_warps))
+        // A merge reads up to five blocks beyond its last one.
+        Workspace(ARRIVED_BYTES + 4 * (self.blocks * (2 * COLUMNS * (self.dim + 2) + of_warps) + 10 * COLUMNS * self.dim))
     }
 }
 
