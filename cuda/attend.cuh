@@ -65,10 +65,10 @@ template <int D_, bool PER_TOKEN_, int BLOCK_, bool BULK_, int TYPE_ = 0> struct
   static constexpr int CODES = 512 * SLABS;
   static constexpr int KEY_FIELDS = PER_TOKEN ? 2 * PAGE_TOKENS : 4 * D, VALUE_FIELDS = 2 * PAGE_TOKENS * BLOCKS;
   static constexpr int KEY_BYTES = (CODES + KEY_FIELDS + 127) / 128 * 128, VALUE_BYTES = (CODES + VALUE_FIELDS + 127) / 128 * 128;
-  // A warp's room: a page, or its fields; and queries, if there are not registers enough.
+  // A warp's room: a page, or its fields; queries, if there are not registers enough; barriers of keys and values.
   static constexpr bool QUERIES_SHARED = D > 128;
   static constexpr int KEY_ROOM = BULK ? KEY_BYTES : KEY_FIELDS, QUERIES_AT = KEY_ROOM + (BULK ? VALUE_BYTES : VALUE_FIELDS);
-  static constexpr int STAGE = QUERIES_AT + (QUERIES_SHARED ? 256 * SLABS : 0);
+  static constexpr int BARRIERS_AT = QUERIES_AT + (QUERIES_SHARED ? 256 * SLABS : 0), STAGE = BARRIERS_AT + 16;
   static constexpr int KEY_FIELDS_AT = BULK ? CODES : 0, VALUE_FIELDS_AT = KEY_FIELDS_AT;  // in each half of it
   static constexpr bool WIDE = false, ORDERED = false, FEW = false;  // other widths, channels in an order of each head: attend_widths.cuh
   static constexpr int KEY_CODES = CODES, VALUE_CODES = CODES, TABLES = 65536;

@@ -57,7 +57,6 @@ template <class S> DEVICE void begin_walk(const AttendArguments& a, const int* p
 // Shared memory.
 template <class S> struct Room {
   uint8_t *table, *stages;
-  uint64_t* barriers;  // two of each warp
   Part* parts;         // of warp w: 2 w, of a unit that began before; 2 w + 1, of its last one
   Facts* facts;
   int *last, *prefix;  // what is known of two units; where each sequence begins
@@ -67,8 +66,7 @@ template <class S> struct Room {
     // Dynamic shared memory begins at or before TABLE_AT; the launch has room for the difference.
     table = dynamic + (TABLE_AT - shared_address(dynamic));
     stages = table + S::TABLES;
-    barriers = (uint64_t*)(stages + warps * S::STAGE);
-    parts = (Part*)(barriers + 2 * warps);
+    parts = (Part*)(stages + warps * S::STAGE);
     facts = (Facts*)(parts + 2 * warps);
     last = (int*)(facts + warps), prefix = last + 8;
     numbers = a.parts_shared ? (float*)(stages + a.parts_shared)
@@ -211,9 +209,8 @@ template <class S> DEVICE void attend(const AttendArguments& a) {
   uint8_t* const table = room.table;
   Part* const parts = room.parts;
   int* const prefix = room.prefix;
-  const uint32_t keys = shared_address(room.stages + warp * S::STAGE), values = keys + S::KEY_ROOM;
-  const uint32_t barrier = shared_address(room.barriers + 2 * warp);  // of keys; the values' follows
-  if (S::BULK && lane == 0) begin_barrier(barrier), begin_barrier(barrier + 8), publish_barriers();
+  const uint32_t keys = shared_address(room.stages + warp * S::STAGE);  // all else of the stage is a constant away
+  if (S::BULK && lane == 0) begin_barrier(keys + S::BARRIERS_AT), begin_barrier(keys + S::BARRIERS_AT + 8), publish_barriers();
   __syncwarp();
   if (lane < 2) parts[2 * warp + lane].unit.number = -1;
   const int places = a.heads * a.passes, items = scan_items<S>(a, prefix, ahead) * places;
@@ -236,7 +233,7 @@ template <class S> DEVICE void attend(const AttendArguments& a) {
     q.fetch(a, walk.facts->unit.b, walk.facts->unit.h, walk.facts->unit.column);
     x = walk.current(a, begin, 2 * S::D);
     if (!S::BULK) load_keys(a, raw, x);
-    if (!x.exact()) copy_keys<S>(a, keys, x, barrier), copy_values<S>(a, values, x, barrier + 8);
+    if (!x.exact()) copy_keys<S>(a, keys, x, keys + S::BARRIERS_AT), copy_values<S>(a, keys + S::KEY_ROOM, x, keys + S::BARRIERS_AT + 8);
   }
   if constexpr (S::WIDE) fill_wide<S>(a, table);
   else fill_table<S::D == 128 || S::D == 64 ? 4 : 1>(a, table);
@@ -262,7 +259,7 @@ template <class S> DEVICE void attend(const AttendArguments& a) {
           load_exact(raw, Rows(x.values(a), opaque(a.heads) * 2 * S::D, x.tokens()));
         }
       } else if constexpr (S::BULK) {
-        await_barrier(barrier, phase);
+        await_barrier(keys + S::BARRIERS_AT, phase);
         if constexpr (S::ORDERED) mixed_scores(score, a, q, keys, lane4);
         else page_scores(score, q, staged<S, 0>(keys), keys + S::KEY_FIELDS_AT, lane4);
       } else {
@@ -281,27 +278,27 @@ template <class S> DEVICE void attend(const AttendArguments& a) {
       if (more) y = walk.current(a, at + 1, 2 * S::D);
       const bool page = more && !y.exact();
       __syncwarp();
-      if (page) copy_keys<S>(a, keys, y, barrier);
+      if (page) copy_keys<S>(a, keys, y, keys + S::BARRIERS_AT);
       if (x.exact()) {
         uint32_t weight[2];
         weigh<S, 1>(weight, (float(&)[1][4])score, state);
         if constexpr (S::FEW) add_exact_again(state, a, weight, Rows(x.values(a), opaque(a.heads) * 2 * S::D, x.tokens()));
         else add_exact(state, a, weight, raw);
-        if (page) copy_values<S>(a, values, y, barrier + 8);
+        if (page) copy_values<S>(a, keys + S::KEY_ROOM, y, keys + S::BARRIERS_AT + 8);
         if (!S::BULK && more) load_keys(a, raw, y);
       } else {
         uint32_t weight[8];
         weigh<S, 4>(weight, score, state);
         Scales<S> scale;
-        if (S::BULK) await_barrier(barrier + 8, phase), phase ^= 1;
-        scale.load(values + S::VALUE_FIELDS_AT, x.tokens());
+        if (S::BULK) await_barrier(keys + S::BARRIERS_AT + 8, phase), phase ^= 1;
+        scale.load(keys + S::KEY_ROOM + S::VALUE_FIELDS_AT, x.tokens());
         if constexpr (S::BULK) {
-          add_page(state, weight, staged<S, 1>(values), scale, lane4);
+          add_page(state, weight, staged<S, 1>(keys + S::KEY_ROOM), scale, lane4);
           __syncwarp();
-          if (page) copy_values<S>(a, values, y, barrier + 8);
+          if (page) copy_values<S>(a, keys + S::KEY_ROOM, y, keys + S::BARRIERS_AT + 8);
         } else {
           __syncwarp();
-          if (page) copy_values<S>(a, values, y, barrier + 8);
+          if (page) copy_values<S>(a, keys + S::KEY_ROOM, y, keys + S::BARRIERS_AT + 8);
           add_page(state, weight, streamed<S, 1>(raw, page ? y.keys : nullptr), scale, lane4);
         }
         if (!S::BULK && more && !page) load_keys(a, raw, y);

@@ -23,7 +23,7 @@ template <int D_, bool PER_TOKEN_, int BLOCK_, bool BULK_, int KEY_, int VALUE_>
   static constexpr bool FEW = BULK && !ORDERED && KEY < 4;  // registers: more warps, since decoding, not memory, takes the time
   static constexpr bool QUERIES_SHARED = Narrow::QUERIES_SHARED || ORDERED || (FEW && D > 64);
   static constexpr int KEY_ROOM = BULK ? KEY_BYTES : KEY_FIELDS, QUERIES_AT = KEY_ROOM + (BULK ? VALUE_BYTES : VALUE_FIELDS);
-  static constexpr int STAGE = QUERIES_AT + (QUERIES_SHARED ? 256 * SLABS : 0);
+  static constexpr int BARRIERS_AT = QUERIES_AT + (QUERIES_SHARED ? 256 * SLABS : 0), STAGE = BARRIERS_AT + 16;
   static constexpr int KEY_FIELDS_AT = BULK ? KEY_CODES : 0, VALUE_FIELDS_AT = BULK ? VALUE_CODES : 0;
   static constexpr int RAW = BULK || (KEY < 4 && VALUE < 4) ? 4 : 8;
   static constexpr int TABLES = KEY == MIXED8 ? MIXED_TABLES + 65536 : KEY == MIXED ? MIXED_TABLES : 65536;
