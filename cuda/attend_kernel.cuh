@@ -79,11 +79,79 @@ template <class S> struct Room {
   }
 };
 
+// What a lane adds of a column: four channels, `quads` of which a row has. Several warps take a column of more than 128 channels.
+template <class S> struct Piece {
+  static constexpr int QUADS = S::D / 4, OF_COLUMN = (QUADS + 31) / 32;
+  int column, channel;
+  bool have;
+  DEVICE Piece(int task) : column(task / OF_COLUMN), channel((task % OF_COLUMN * 32 + int(threadIdx.x & 31)) * 4), have(channel < S::D) {}
+};
+
+// Parts of one unit in this block's warps, `its` of all parts: the maximum and sum of a column by lanes, one part each, and the
+// numbers four parts at a time.
+template <class S> DEVICE Sum merge_parts(const Room<S>& room, unsigned its, const Piece<S>& piece) {
+  const int lane = threadIdx.x & 31;
+  float2 part = make_float2(NOTHING, 0.f);
+  if (its >> lane & 1) part = room.parts[lane].column[piece.column];
+  float top = part.x;
+#pragma unroll
+  for (int d = 1; d < 32; d <<= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, d));
+  const float factor = exp2_of(part.x - top);
+  Sum sum;
+  sum.clear();
+  sum.most = top, sum.sum = factor * part.y;
+#pragma unroll
+  for (int d = 1; d < 32; d <<= 1) sum.sum += __shfl_xor_sync(~0u, sum.sum, d);
+  const int at = piece.column * S::PART_ROW + (piece.have ? piece.channel : 0);
+#pragma unroll 1
+  while (its) {
+    float4 x[4];
+    float f[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      const int p = its ? __ffs(its) - 1 : -1;
+      its &= its - 1;
+      f[j] = __shfl_sync(~0u, factor, p & 31);
+      x[j] = make_float4(0.f, 0.f, 0.f, 0.f);
+      if (p >= 0) x[j] = *(const float4*)(room.part(p) + at);
+    }
+#pragma unroll
+    for (int j = 0; j < 4; j++) sum.add_scaled(f[j], x[j]);
+  }
+  return sum;
+}
+
+// Parts of a unit in blocks: `count` of those from `slot` on, two slots apart, the first of them at slot `begun`. Six at a time: one
+// trip to memory. The workspace goes on beyond the last slot.
+template <class S> DEVICE Sum merge_blocks(const AttendArguments& a, const float2* columns, int begun, int slot, int count, const Piece<S>& piece) {
+  Sum sum;
+  sum.clear();
+#pragma unroll 1
+  for (int k = 0; k < count; k += 6) {
+    float4 x[6];
+    float2 part[6];
+#pragma unroll
+    for (int j = 0; j < 6; j++) {
+      const int at = (j == 0 && k == 0 ? begun : slot + 2 * (k + j)) * COLUMNS + piece.column;
+      part[j] = __ldcg(columns + at), x[j] = __ldcg((const float4*)(a.partial + (long long)at * S::D + (piece.have ? piece.channel : 0)));
+    }
+    float top = sum.most;
+#pragma unroll
+    for (int j = 0; j < 6; j++)
+      if (k + j < count) top = fmaxf(top, part[j].x);
+    sum.rescale(top);
+#pragma unroll
+    for (int j = 0; j < 6; j++)
+      if (k + j < count) sum.add_below(part[j], x[j]);
+  }
+  return sum;
+}
+
 // Parts of this block's warps, which stand in the order of their items; then parts of blocks, by the last of a unit's to arrive. A
-// thread has four channels of a column. As few instructions as can be: each runs once, and comes late.
+// warp takes a column of a unit. What this costs is the number of trips to memory, one after the other: what a lane needs it asks
+// for at once.
 template <class S> DEVICE void merge(const AttendArguments& a) {
-  constexpr int QUADS = S::D / 4;
-  const int threads = opaque(blockDim.x), warps = threads / 32;
+  const int warps = opaque(blockDim.x) / 32, warp = threadIdx.x / 32, lane = threadIdx.x & 31;
   const Room<S> room(a, warps);
   const Part* const parts = room.parts;
   int *const last = room.last, *const prefix = room.prefix;
@@ -92,37 +160,36 @@ template <class S> DEVICE void merge(const AttendArguments& a) {
   const int block_begin = of_blocks.begin(blockIdx.x), block_end = of_blocks.begin(blockIdx.x + 1);
   float2* const block_columns = (float2*)(a.partial + 2ll * gridDim.x * COLUMNS * S::D);
   int early = -1, late = -1;  // a part of the unit that other blocks have begun, and of the one that others go on with
+  const int number = lane < 2 * warps ? parts[lane].unit.number : -1;
+  unsigned left = __ballot_sync(~0u, number != -1);
+  int task = warp;
 #pragma unroll 1
-  for (int e = threadIdx.x; e < COLUMNS * QUADS; e += threads) {
-    const int column = e / QUADS, channel = e % QUADS * 4;
-    Sum sum;
-    int p = -1, number = -1;  // the part that came last, and its unit
+  while (left) {
+    const int first = __ffs(left) - 1;
+    const unsigned its = left & __ballot_sync(~0u, number == __shfl_sync(~0u, number, first));
+    left &= ~its;
+    const Unit& u = parts[first].unit;
+    const bool whole = u.begin >= block_begin && u.end <= block_end, is_late = u.begin > block_begin;
+    if (!whole) (is_late ? late : early) = first;
+    const int tasks = u.columns * Piece<S>::OF_COLUMN;
 #pragma unroll 1
-    for (int next = 0; next <= 2 * warps; next++) {
-      const int its = next < 2 * warps ? parts[next].unit.number : -2;
-      if (its == -1) continue;
-      if (its != number) {
-        if (number >= 0) {
-          const Unit& u = parts[p].unit;
-          const bool is_late = u.begin > block_begin;
-          if (u.begin >= block_begin && u.end <= block_end) {
-            if (column < u.columns) finish<S>(a, u, column, channel, sum);
-          } else {
-            const int slot = 2 * blockIdx.x + is_late;
-            (is_late ? late : early) = p;
-            *(float4*)(a.partial + ((long long)slot * COLUMNS + column) * S::D + channel) = sum.numbers();
-            if (channel == 0) block_columns[slot * COLUMNS + column] = make_float2(sum.most, sum.sum);
-          }
-        }
-        number = its, sum.clear();
+    for (; task < tasks; task += warps) {
+      const Piece<S> piece(task);
+      const Sum sum = merge_parts(room, its, piece);
+      if (!piece.have) continue;
+      if (whole) {
+        finish<S>(a, u, piece.column, piece.channel, sum);
+      } else {
+        const int at = (2 * blockIdx.x + is_late) * COLUMNS + piece.column;
+        *(float4*)(a.partial + (long long)at * S::D + piece.channel) = sum.numbers();
+        if (piece.channel == 0) block_columns[at] = make_float2(sum.most, sum.sum);
       }
-      if (its < 0) break;
-      p = next;
-      sum.add(parts[p].column[column], *(const float4*)(room.part(p) + column * S::PART_ROW + channel));
     }
+    task -= tasks;
   }
-  // All threads know the same of these, but for those without a column.
-  if (!any_of_block(early >= 0 || late >= 0)) return;
+  // All warps know the same of these.
+  if (early < 0 && late < 0) return;
+  __syncthreads();
   if (threadIdx.x < 2) {
     const int p = threadIdx.x == 0 ? early : late;
     int* const said = last + 4 * threadIdx.x;  // whether this is the last block; the unit's first and last one; a part
@@ -130,10 +197,8 @@ template <class S> DEVICE void merge(const AttendArguments& a) {
     if (p >= 0) {
       const Unit& u = parts[p].unit;
       const int from = of_blocks.part_of(u.begin), to = of_blocks.part_of(u.end - 1);
-      __threadfence();
-      const bool is_last = atomicAdd(a.arrived + u.number, 1) == to - from;
+      const bool is_last = arrive(a.arrived + u.number) == to - from;
       if (is_last) a.arrived[u.number] = 0;
-      __threadfence();
       said[0] = is_last, said[1] = from, said[2] = to, said[3] = p;
     }
   }
@@ -143,36 +208,34 @@ template <class S> DEVICE void merge(const AttendArguments& a) {
     const int* const said = last + 4 * which;
     if (!said[0]) continue;
     const Unit& u = parts[said[3]].unit;
-    const int first_block = said[1], last_block = said[2];
+    const int first_block = said[1], count = said[2] - first_block + 1;
     // In its first block a unit may begin in the middle; there it is the last one.
-    const int first_slot = 2 * first_block + (u.begin > of_blocks.begin(first_block));
+    const int begun = 2 * first_block + (u.begin > of_blocks.begin(first_block));
+    // Warps that have no column of their own share one: each takes some of the parts, and the table's room takes what they find.
+    const int tasks = u.columns * Piece<S>::OF_COLUMN;
+    const int helpers = max(warps / tasks, 1), each = (count + helpers - 1) / helpers;
+    float* const found = (float*)(room.table + which * 32768) + lane * 4;
+    float2* const sums = (float2*)(room.table + which * 32768 + 16384);
 #pragma unroll 1
-    for (int e = threadIdx.x; e < u.columns * QUADS; e += threads) {
-      const int column = e / QUADS, channel = e % QUADS * 4;
+    for (int t = warp; t < tasks * helpers; t += warps) {
+      const int helper = t / tasks, from = helper * each;
+      const Piece<S> piece(t - helper * tasks);
+      const Sum sum = merge_blocks(a, block_columns, from ? 2 * (first_block + from) : begun, 2 * (first_block + from), min(each, count - from), piece);
+      if (helpers == 1) {
+        if (piece.have) finish<S>(a, u, piece.column, piece.channel, sum);
+      } else {
+        *(float4*)(found + 128 * t) = sum.numbers(), sums[t] = make_float2(sum.most, sum.sum);
+      }
+    }
+    if (helpers == 1) continue;
+    __syncthreads();
+    if (warp < tasks) {
+      const Piece<S> piece(warp);
       Sum sum;
       sum.clear();
-      // Six at a time: one trip to memory. The workspace goes on beyond the last slot.
 #pragma unroll 1
-      for (int k = first_block; k <= last_block; k += 6) {
-        const int slot = 2 * COLUMNS * k + column, begun = k == first_block ? first_slot * COLUMNS + column : slot;
-        float4 x[6];
-        float2 part[6];
-        part[0] = __ldcg(block_columns + begun), x[0] = __ldcg((const float4*)(a.partial + (long long)begun * S::D + channel));
-        const float2* const columns = block_columns + slot;
-        const float* const numbers = a.partial + (long long)slot * S::D + channel;
-#pragma unroll
-        for (int j = 1; j < 6; j++)
-          part[j] = __ldcg(columns + 2 * COLUMNS * j), x[j] = __ldcg((const float4*)(numbers + 2 * COLUMNS * S::D * j));
-        float top = sum.most;
-#pragma unroll
-        for (int j = 0; j < 6; j++)
-          if (k + j <= last_block) top = fmaxf(top, part[j].x);
-        sum.rescale(top);
-#pragma unroll
-        for (int j = 0; j < 6; j++)
-          if (k + j <= last_block) sum.add_below(part[j], x[j]);
-      }
-      finish<S>(a, u, column, channel, sum);
+      for (int t = warp; t < tasks * helpers; t += tasks) sum.add(sums[t], *(const float4*)(found + 128 * t));
+      if (piece.have) finish<S>(a, u, piece.column, piece.channel, sum);
     }
   }
 }

@@ -255,12 +255,14 @@ struct Sum {
     const float f = exp2_of(most - top);
     most = top, sum *= f, number[0] *= f, number[1] *= f, number[2] *= f, number[3] *= f;
   }
+  DEVICE void add_scaled(float f, float4 x) {
+    number[0] = fmaf(f, x.x, number[0]), number[1] = fmaf(f, x.y, number[1]);
+    number[2] = fmaf(f, x.z, number[2]), number[3] = fmaf(f, x.w, number[3]);
+  }
   // A part whose maximum is not above.
   DEVICE void add_below(float2 part, float4 x) {
     const float f = exp2_of(part.x - most);
-    sum = fmaf(f, part.y, sum);
-    number[0] = fmaf(f, x.x, number[0]), number[1] = fmaf(f, x.y, number[1]);
-    number[2] = fmaf(f, x.z, number[2]), number[3] = fmaf(f, x.w, number[3]);
+    sum = fmaf(f, part.y, sum), add_scaled(f, x);
   }
   DEVICE void add(float2 part, float4 x) { rescale(fmaxf(most, part.x)), add_below(part, x); }
   DEVICE float4 numbers() const { return make_float4(number[0], number[1], number[2], number[3]); }

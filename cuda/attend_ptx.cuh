@@ -10,7 +10,6 @@ DEVICE uint8_t* shared_memory() {
   extern __shared__ __align__(1024) uint8_t dynamic[];
   return dynamic;
 }
-DEVICE bool any_of_block(bool x) { return __syncthreads_or(x); }
 DEVICE void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
@@ -73,6 +72,12 @@ template <int OFFSET> DEVICE void load_once_1(uint32_t* r, const uint8_t* from) 
 template <int OFFSET> DEVICE void load_32(uint32_t* r, const uint8_t* from) {
   asm volatile("ld.global.nc.v4.b32 {%0,%1,%2,%3}, [%4 + %5];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "l"(from), "n"(OFFSET));
   asm volatile("ld.global.nc.v4.b32 {%0,%1,%2,%3}, [%4 + %5];" : "=r"(r[4]), "=r"(r[5]), "=r"(r[6]), "=r"(r[7]) : "l"(from), "n"(OFFSET + 16));
+}
+// Adds one; what this block's threads wrote before their last barrier is there for whoever sees it, and what others did before.
+DEVICE int arrive(int* counter) {
+  int before;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
 }
 DEVICE void ask_for(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 // 16 bytes into shared memory, there after `await_copies`.

@@ -17,15 +17,7 @@ DEVICE uint8_t* shared_at(uint32_t address, uint32_t bytes) {
 }
 DEVICE float half_of(uint32_t word, int high) { return __half2float(__ushort_as_half(uint16_t(high ? word >> 16 : word))); }
 
-// Waits for all threads: whether it holds in one of them.
-inline bool held_by_one[2];
-DEVICE bool any_of_block(bool x) {
-  const unsigned turn = asked / block_size.x % 2;
-  if (asked++ % block_size.x == 0) held_by_one[turn] = false;
-  held_by_one[turn] |= x;
-  __syncthreads();
-  return held_by_one[turn];
-}
+DEVICE int arrive(int* counter) { return atomicAdd(counter, 1); }
 
 struct Operands {
   uint32_t a[4], b[2];

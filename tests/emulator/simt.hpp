@@ -55,7 +55,6 @@ struct WarpOf {
 
 inline Lane* me;
 inline ucontext_t scheduler;
-inline unsigned asked;  // threads that have asked what holds in one of a block
 inline Place block_place, grid_size, block_size;
 #define threadIdx (me->place)
 #define blockIdx block_place
@@ -154,7 +153,7 @@ inline void run_grid(unsigned blocks, unsigned threads, const std::function<void
   std::vector<Lane> lanes(threads);
   std::vector<WarpOf> warps(threads / LANES);
   for (unsigned b = 0; b < blocks; b++) {
-    block_place = {b, 0, 0}, asked = 0;
+    block_place = {b, 0, 0};
     memset(shared, 0xff, shared_bytes);
     for (unsigned i = 0; i < threads; i++) {
       Lane& x = lanes[i];
