@@ -70,7 +70,7 @@ template <class S> struct Room {
     facts = (Facts*)(parts + 2 * warps);
     last = (int*)(facts + warps), prefix = last + 8;
     numbers = a.parts_shared ? (float*)(stages + a.parts_shared)
-                             : a.partial + 2ll * gridDim.x * COLUMNS * (S::D + 2) + (long long)S::PARTS * blockIdx.x * warps * COLUMNS * S::PART_ROW;
+                             : a.partial + 2ll * blocks_of_grid() * COLUMNS * (S::D + 2) + (long long)S::PARTS * blockIdx.x * warps * COLUMNS * S::PART_ROW;
   }
   // [column][channel] of a part.
   DEVICE float* part(int p) const {
@@ -79,86 +79,77 @@ template <class S> struct Room {
   }
 };
 
-// What a lane adds of a column: four channels, `quads` of which a row has. Several warps take a column of more than 128 channels.
+// What a lane adds of a column: four channels. Several warps take a column of more than 128.
 template <class S> struct Piece {
-  static constexpr int QUADS = S::D / 4, OF_COLUMN = (QUADS + 31) / 32;
+  static constexpr int OF_COLUMN = (S::D + 127) / 128;
   int column, channel;
   bool have;
   DEVICE Piece(int task) : column(task / OF_COLUMN), channel((task % OF_COLUMN * 32 + int(threadIdx.x & 31)) * 4), have(channel < S::D) {}
 };
 
-// Parts of one unit in this block's warps, `its` of all parts: the maximum and sum of a column by lanes, one part each, and the
-// numbers four parts at a time.
+// Parts of one unit in this block's warps, `its` of all parts: maxima by lanes, one part each, and the numbers two parts at a time.
 template <class S> DEVICE Sum merge_parts(const Room<S>& room, unsigned its, const Piece<S>& piece) {
   const int lane = threadIdx.x & 31;
   float2 part = make_float2(NOTHING, 0.f);
   if (its >> lane & 1) part = room.parts[lane].column[piece.column];
-  float top = part.x;
-#pragma unroll
-  for (int d = 1; d < 32; d <<= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, d));
-  const float factor = exp2_of(part.x - top);
   Sum sum;
   sum.clear();
-  sum.most = top, sum.sum = factor * part.y;
-#pragma unroll
-  for (int d = 1; d < 32; d <<= 1) sum.sum += __shfl_xor_sync(~0u, sum.sum, d);
+  sum.most = largest_of_warp(part.x);
+  const float factor = exp2_of(part.x - sum.most), weight = factor * part.y;
   const int at = piece.column * S::PART_ROW + (piece.have ? piece.channel : 0);
 #pragma unroll 1
   while (its) {
-    float4 x[4];
-    float f[4];
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-      const int p = its ? __ffs(its) - 1 : -1;
-      its &= its - 1;
-      f[j] = __shfl_sync(~0u, factor, p & 31);
-      x[j] = make_float4(0.f, 0.f, 0.f, 0.f);
-      if (p >= 0) x[j] = *(const float4*)(room.part(p) + at);
-    }
-#pragma unroll
-    for (int j = 0; j < 4; j++) sum.add_scaled(f[j], x[j]);
+    const int p = __ffs(its) - 1, rest = its & (its - 1), next = rest ? __ffs(rest) - 1 : p;
+    const float4 x = *(const float4*)(room.part(p) + at), y = *(const float4*)(room.part(next) + at);
+    const float f = __shfl_sync(~0u, factor, p), g = rest ? __shfl_sync(~0u, factor, next) : 0.f;
+    sum.sum += __shfl_sync(~0u, weight, p) + (rest ? __shfl_sync(~0u, weight, next) : 0.f);
+    sum.add_scaled(f, x);
+    if (rest) sum.add_scaled(g, y);
+    its = rest & (rest - 1);
   }
   return sum;
 }
 
 // Parts of a unit in blocks: `count` of those from `slot` on, two slots apart, the first of them at slot `begun`. Six at a time: one
-// trip to memory. The workspace goes on beyond the last slot.
+// trip to memory.
 template <class S> DEVICE Sum merge_blocks(const AttendArguments& a, const float2* columns, int begun, int slot, int count, const Piece<S>& piece) {
   Sum sum;
   sum.clear();
+  int k = 0;
 #pragma unroll 1
-  for (int k = 0; k < count; k += 6) {
+  do {
     float4 x[6];
     float2 part[6];
+    float top = sum.most;
 #pragma unroll
     for (int j = 0; j < 6; j++) {
       const int at = (j == 0 && k == 0 ? begun : slot + 2 * (k + j)) * COLUMNS + piece.column;
-      part[j] = __ldcg(columns + at), x[j] = __ldcg((const float4*)(a.partial + (long long)at * S::D + (piece.have ? piece.channel : 0)));
+      part[j] = make_float2(NOTHING, 0.f), x[j] = make_float4(0.f, 0.f, 0.f, 0.f);
+      if (k + j < count) part[j] = __ldcg(columns + at), x[j] = __ldcg((const float4*)(a.partial + (long long)at * S::D + (piece.have ? piece.channel : 0)));
     }
-    float top = sum.most;
 #pragma unroll
-    for (int j = 0; j < 6; j++)
-      if (k + j < count) top = fmaxf(top, part[j].x);
+    for (int j = 0; j < 6; j++) top = fmaxf(top, part[j].x);
     sum.rescale(top);
 #pragma unroll
-    for (int j = 0; j < 6; j++)
-      if (k + j < count) sum.add_below(part[j], x[j]);
-  }
+    for (int j = 0; j < 6; j++) sum.add_below(part[j], x[j]);
+    k += 6;
+  } while (k < count);
   return sum;
 }
 
 // Parts of this block's warps, which stand in the order of their items; then parts of blocks, by the last of a unit's to arrive. A
-// warp takes a column of a unit. What this costs is the number of trips to memory, one after the other: what a lane needs it asks
-// for at once.
+// warp takes a column of a unit. What this costs is trips, one after the other, to memory and to instructions that have not run
+// yet: what a lane needs it asks for at once, by as few instructions as can be.
 template <class S> DEVICE void merge(const AttendArguments& a) {
   const int warps = opaque(blockDim.x) / 32, warp = threadIdx.x / 32, lane = threadIdx.x & 31;
   const Room<S> room(a, warps);
   const Part* const parts = room.parts;
   int *const last = room.last, *const prefix = room.prefix;
   const int items = *(const volatile int*)(prefix + a.batch) * a.heads * a.passes;
-  const Shares of_blocks(items, min(int(gridDim.x), items));
+  const int blocks = blocks_of_grid();
+  const Shares of_blocks(items, min(blocks, items));
   const int block_begin = of_blocks.begin(blockIdx.x), block_end = of_blocks.begin(blockIdx.x + 1);
-  float2* const block_columns = (float2*)(a.partial + 2ll * gridDim.x * COLUMNS * S::D);
+  float2* const block_columns = (float2*)(a.partial + 2ll * blocks * COLUMNS * S::D);
   int early = -1, late = -1;  // a part of the unit that other blocks have begun, and of the one that others go on with
   const int number = lane < 2 * warps ? parts[lane].unit.number : -1;
   unsigned left = __ballot_sync(~0u, number != -1);
@@ -189,26 +180,22 @@ template <class S> DEVICE void merge(const AttendArguments& a) {
   }
   // All warps know the same of these.
   if (early < 0 && late < 0) return;
+  // Lane 0 has the early unit, all others the late one.
+  const int part = lane == 0 ? early : late;
+  const Unit& its = parts[max(part, 0)].unit;
+  const int from = of_blocks.part_of(its.begin), to = of_blocks.part_of(its.end - 1);
   __syncthreads();
   if (threadIdx.x < 2) {
-    const int p = threadIdx.x == 0 ? early : late;
-    int* const said = last + 4 * threadIdx.x;  // whether this is the last block; the unit's first and last one; a part
-    said[0] = 0;
-    if (p >= 0) {
-      const Unit& u = parts[p].unit;
-      const int from = of_blocks.part_of(u.begin), to = of_blocks.part_of(u.end - 1);
-      const bool is_last = arrive(a.arrived + u.number) == to - from;
-      if (is_last) a.arrived[u.number] = 0;
-      said[0] = is_last, said[1] = from, said[2] = to, said[3] = p;
-    }
+    const bool is_last = part >= 0 && arrive(a.arrived + its.number) == to - from;
+    if (is_last) a.arrived[its.number] = 0;
+    last[threadIdx.x] = is_last;
   }
   __syncthreads();
 #pragma unroll 1
   for (int which = 0; which < 2; which++) {
-    const int* const said = last + 4 * which;
-    if (!said[0]) continue;
-    const Unit& u = parts[said[3]].unit;
-    const int first_block = said[1], count = said[2] - first_block + 1;
+    if (!last[which]) continue;
+    const Unit& u = parts[__shfl_sync(~0u, part, which)].unit;
+    const int first_block = __shfl_sync(~0u, from, which), count = __shfl_sync(~0u, to, which) - first_block + 1;
     // In its first block a unit may begin in the middle; there it is the last one.
     const int begun = 2 * first_block + (u.begin > of_blocks.begin(first_block));
     // Warps that have no column of their own share one: each takes some of the parts, and the table's room takes what they find.
@@ -218,9 +205,10 @@ template <class S> DEVICE void merge(const AttendArguments& a) {
     float2* const sums = (float2*)(room.table + which * 32768 + 16384);
 #pragma unroll 1
     for (int t = warp; t < tasks * helpers; t += warps) {
-      const int helper = t / tasks, from = helper * each;
+      const int helper = t / tasks, skipped = helper * each;
       const Piece<S> piece(t - helper * tasks);
-      const Sum sum = merge_blocks(a, block_columns, from ? 2 * (first_block + from) : begun, 2 * (first_block + from), min(each, count - from), piece);
+      const int slot = 2 * (first_block + skipped);
+      const Sum sum = merge_blocks(a, block_columns, skipped ? slot : begun, slot, min(each, count - skipped), piece);
       if (helpers == 1) {
         if (piece.have) finish<S>(a, u, piece.column, piece.channel, sum);
       } else {
@@ -256,28 +244,31 @@ template <class S> DEVICE void copy_values(const AttendArguments& a, uint32_t to
   else if ((threadIdx.x & 31) == 0) bulk_copy(to, x.values(a), S::VALUE_BYTES, barrier);
 }
 
-// Asks for what this block will probably need, as if all sequences were equally long: the first trip to a page of memory is long.
-DEVICE void ask_ahead(const AttendArguments& a) {
-  const unsigned unit = blockIdx.x * unsigned(a.batch * a.heads) / gridDim.x, b = unit / unsigned(a.heads), h = unit - b * a.heads;
-  if (threadIdx.x == 32) ask_for(a.table + b * a.capacity);
-  if (threadIdx.x == 64) ask_for(a.q + b * a.q_stride[0] + h * a.group * a.q_stride[1]);
+// Asks for the table, all blocks together, and for the queries that this block will probably begin with, as if all sequences were
+// equally long: a first trip to memory is long.
+template <class S> DEVICE void ask_ahead(const AttendArguments& a) {
+  const long long entry = 16ll * (blockIdx.x * blockDim.x + threadIdx.x);
+  if (entry < a.batch * a.capacity) ask_for(a.table + entry);
+  if (threadIdx.x / 32 != (blockDim.x > 32)) return;
+  constexpr int LINES = (2 * S::D + 127) / 128;  // of a row
+  const unsigned unit = blockIdx.x * unsigned(a.batch * a.heads) / unsigned(blocks_of_grid()), b = unit / unsigned(a.heads), h = unit - b * a.heads;
+  const int lane = threadIdx.x & 31, head = h * a.group + lane / LINES;
+  if (head < a.heads * a.group) ask_for(a.q + b * a.q_stride[0] + head * a.q_stride[1] + lane % LINES * 128);
 }
 
 template <class S> DEVICE void attend(const AttendArguments& a) {
   const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x & 31;
   int4 ahead = make_int4(0, 0, 0, 0);
   if (int(threadIdx.x) < min(32, a.batch)) ahead = __ldg(a.counts + threadIdx.x);
-  ask_ahead(a);
+  ask_ahead<S>(a);
   const Room<S> room(a, warps);
-  uint8_t* const table = room.table;
-  Part* const parts = room.parts;
   int* const prefix = room.prefix;
   const uint32_t keys = shared_address(room.stages + warp * S::STAGE);  // all else of the stage is a constant away
   if (S::BULK && lane == 0) begin_barrier(keys + S::BARRIERS_AT), begin_barrier(keys + S::BARRIERS_AT + 8), publish_barriers();
   __syncwarp();
-  if (lane < 2) parts[2 * warp + lane].unit.number = -1;
+  if (lane < 2) room.parts[2 * warp + lane].unit.number = -1;
   const int places = a.heads * a.passes, items = scan_items<S>(a, prefix, ahead) * places;
-  const int blocks = min(int(gridDim.x), items);  // with fewer items than blocks, the last ones have nothing to do
+  const int blocks = min(blocks_of_grid(), items);  // with fewer items than blocks, the last ones have nothing to do
   if (int(blockIdx.x) >= blocks) return;
   const Shares of_blocks(items, blocks);
   const int block_begin = of_blocks.begin(blockIdx.x), block_end = of_blocks.begin(blockIdx.x + 1);
@@ -291,25 +282,27 @@ template <class S> DEVICE void attend(const AttendArguments& a) {
   Raw<S> raw;
   Item x;
   if (begin < end) {
-    if (lane == 0) walk.facts->begin = begin, walk.facts->to[0] = room.part(2 * warp), walk.facts->to[1] = room.part(2 * warp + 1);
+    if (lane == 0) walk.facts->begin = begin, walk.facts->end = end;
     begin_walk(a, prefix, begin, walk);
     q.fetch(a, walk.facts->unit.b, walk.facts->unit.h, walk.facts->unit.column);
     x = walk.current(a, begin, 2 * S::D);
     if (!S::BULK) load_keys(a, raw, x);
     if (!x.exact()) copy_keys<S>(a, keys, x, keys + S::BARRIERS_AT), copy_values<S>(a, keys + S::KEY_ROOM, x, keys + S::BARRIERS_AT + 8);
   }
-  if constexpr (S::WIDE) fill_wide<S>(a, table);
-  else fill_table<S::D == 128 || S::D == 64 ? 4 : 1>(a, table);
+  if constexpr (S::WIDE) fill_wide<S>(a, room.table);
+  else fill_table<S::D == 128 || S::D == 64 ? 4 : 1>(a, room.table);
   __syncthreads();
   if (begin < end) {
     State<S> state;
     q.prepare(a);
     state.clear();
     const uint32_t lane4 = lane * 4;
+    // Rarely needed: found again then, not held in registers.
+    const auto room_again = [&] { return Room<S>(a, opaque(blockDim.x) / 32); };
     uint32_t phase = 0;  // of both barriers: that of the page in hand
 #pragma unroll 1
-    for (int at = begin; at < end; at++) {
-      const bool more = at + 1 < end;
+    for (int at = begin;; at++) {
+      const bool more = at + 1 < *(const volatile int*)&walk.facts->end;
       float score[4][4];
       if (!S::BULK) await_fields();
       if (x.exact()) {
@@ -336,7 +329,7 @@ template <class S> DEVICE void attend(const AttendArguments& a) {
         if (x.exact()) walk.mask(a, (float(&)[1][4])score, at, x.tokens());
         else walk.mask(a, score, at, x.tokens());
       }
-      const bool done = walk.reach(a, prefix, at + 1);
+      const bool done = walk.reach(a, room_again, at + 1);
       Item y = x;
       if (more) y = walk.current(a, at + 1, 2 * S::D);
       const bool page = more && !y.exact();
@@ -379,13 +372,14 @@ template <class S> DEVICE void attend(const AttendArguments& a) {
         store_unit(a, *u, state);
       } else {
         // A share has at most one unit that began before it and goes on to another one, and one that goes on after it.
-        Part* const part = parts + 2 * warp + (more ? 0 : 1);
-        store_part(state, walk.facts->to[more ? 0 : 1]);
+        const Room<S> its = room_again();
+        const int p = 2 * (opaque(threadIdx.x) / 32) + (more ? 0 : 1);
+        store_part(state, its.part(p));
         if (lane < 4) {
-          part->column[2 * lane] = make_float2(state.most[0], state.sum[0]);
-          part->column[2 * lane + 1] = make_float2(state.most[1], state.sum[1]);
+          its.parts[p].column[2 * lane] = make_float2(state.most[0], state.sum[0]);
+          its.parts[p].column[2 * lane + 1] = make_float2(state.most[1], state.sum[1]);
         }
-        if (lane == 0) part->unit = *u;
+        if (lane == 0) its.parts[p].unit = *u;
       }
       if (!more) break;
       q.fetch(a, walk.facts->unit.b, walk.facts->unit.h, walk.facts->unit.column);

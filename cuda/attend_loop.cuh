@@ -82,10 +82,9 @@ struct Facts {
   int4 n;                     // counts
   int first, packed, low;     // first item; positions only if they matter
   int known, known_position;  // the start of a page, where pages may be partial
-  int begin;                  // the warp's first item
-  float* to[2];    // where its parts go: of a unit that began before, of its last unit
-  Unit unit, was;   // this one and the one before
-  int position[2];  // of the first token of an item: of even ones, of odd ones
+  int begin, end;             // the warp's items
+  Unit unit, was;             // this one and the one before
+  int position[2];            // of the first token of an item: of even ones, of odd ones
 };
 
 template <class S> struct Walk {
@@ -150,13 +149,13 @@ template <class S> struct Walk {
     return x;
   }
   // Goes on to the next unit, if item `at` is not this one's. True: it is not.
-  DEVICE bool reach(const AttendArguments& a, const int* prefix, int at) {
+  template <class R> DEVICE bool reach(const AttendArguments& a, const R& room, int at) {
     if (at < facts->unit.end) return false;
     if ((threadIdx.x & 31) == 0) facts->was = facts->unit;
     int b = facts->unit.b, h = facts->unit.h, pass = facts->unit.column / COLUMNS + 1;
     if (pass == a.passes) pass = 0, h++;
     if (h == a.heads) h = 0, b++;
-    if (b < a.batch) open(a, prefix, b, h, pass, at);
+    if (b < a.batch) open(a, room().prefix, b, h, pass, at);
     else __syncwarp();
     return true;
   }

@@ -53,9 +53,20 @@ DEVICE float exp2_of(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// The largest of a warp's numbers, none of which is NaN: as integers that have their order.
+DEVICE float largest_of_warp(float x) {
+  const int i = __float_as_int(x), top = __reduce_max_sync(~0u, i ^ (i >> 31 & 0x7fffffff));
+  return __int_as_float(top ^ (top >> 31 & 0x7fffffff));
+}
 // A number that the compiler does not know: what is rarely computed from it stays where it is, and takes no register elsewhere.
 DEVICE int opaque(int x) {
   asm volatile("" : "+r"(x));
+  return x;
+}
+// Read where it is needed, not held in a register.
+DEVICE int blocks_of_grid() {
+  int x;
+  asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(x));
   return x;
 }
 // Memory that is read once, OFFSET bytes from an address that a lane keeps.

@@ -111,7 +111,7 @@ template <class S> struct Queries {
     for (int i = 0; i < 2 * S::SLABS; i++) b[i / 2][i % 2] = have ? gathered(row, channels_at(order, 8 * i + 2 * (threadIdx.x & 3))) : 0;
   }
   DEVICE void prepare(const AttendArguments& a) {
-    const int t = threadIdx.x & 3;
+    const int t = opaque(threadIdx.x) & 3;
     float top = largest((const uint32_t(&)[2 * S::SLABS])b, S::q_dtype(a));
     top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
     top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));

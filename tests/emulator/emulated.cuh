@@ -53,6 +53,11 @@ template <int OFFSET> DEVICE uint32_t load_word(uint32_t address) { return *(con
 template <int OFFSET> DEVICE uint2 load_words(uint32_t address) { return *(const uint2*)shared_at(address + OFFSET, 8); }
 DEVICE float exp2_of(float x) { return exp2f(x); }
 DEVICE int opaque(int x) { return x; }
+DEVICE int blocks_of_grid() { return gridDim.x; }
+DEVICE float largest_of_warp(float x) {
+  for (int d = 1; d < 32; d <<= 1) x = fmaxf(x, __shfl_xor_sync(~0u, x, d));
+  return x;
+}
 template <int OFFSET> DEVICE void load_once(uint32_t (&r)[4], const uint8_t* from) {
   if (uintptr_t(from) % 16) wrong("an address that is not aligned");
   memcpy(r, from + OFFSET, 16);
