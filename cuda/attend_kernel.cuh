@@ -302,7 +302,9 @@ template <class S> DEVICE void attend(const AttendArguments& a) {
     uint32_t phase = 0;  // of both barriers: that of the page in hand
 #pragma unroll 1
     for (int at = begin;; at++) {
-      const bool more = at + 1 < *(const volatile int*)&walk.facts->end;
+      int stop = end;
+      if constexpr (S::BULK) stop = *(const volatile int*)&walk.facts->end;
+      const bool more = at + 1 < stop;
       float score[4][4];
       if (!S::BULK) await_fields();
       if (x.exact()) {
