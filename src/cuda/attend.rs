@@ -261,7 +261,8 @@ impl Plan {
 
     /// Bytes of workspace.
     pub(super) fn workspace(&self) -> Workspace {
-        let of_warps = if self.parts_shared > 0 { 0 } else { parts_of_warp(self.bulk) * self.warps * COLUMNS * part_row(self.dim) };
+        let of_warps =
+            if self.parts_shared > 0 { 0 } else { parts_of_warp(self.bulk) * self.warps * COLUMNS * part_row(self.dim) };
         // A merge reads up to five blocks beyond its last one.
         Workspace(ARRIVED_BYTES + 4 * (self.blocks * (2 * COLUMNS * (self.dim + 2) + of_warps) + 10 * COLUMNS * self.dim))
     }

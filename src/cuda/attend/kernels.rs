@@ -140,13 +140,7 @@ fn name(keys: Keys, dim: usize, calls: Calls) -> String {
 }
 
 /// The kernel, loaded if it was not; `shared` is the most dynamic shared memory that a launch asks for.
-pub(super) fn function(
-    device: &Device,
-    (keys, calls): (Keys, Calls),
-    dim: usize,
-    bulk: bool,
-    shared: usize,
-) -> Result<Function> {
+pub(super) fn function(device: &Device, (keys, calls): (Keys, Calls), dim: usize, bulk: bool, shared: usize) -> Result<Function> {
     let key = (device.ordinal(), dim, keys, bulk, calls);
     let mut loaded = LOADED.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     if let Some((_, found)) = loaded.iter().find(|(k, _)| *k == key) {
@@ -184,7 +178,10 @@ mod tests {
             for (&keys, &calls) in source.keys.iter().flat_map(|keys| calls_of(*keys).iter().map(move |calls| (keys, calls))) {
                 assert!(source.ptx.contains(&format!(".entry {}(", name(keys, source.dim, calls))), "{}", source.dim);
             }
-            assert_eq!(source.ptx.matches(".entry ").count(), source.keys.iter().map(|&keys| calls_of(keys).len()).sum::<usize>());
+            assert_eq!(
+                source.ptx.matches(".entry ").count(),
+                source.keys.iter().map(|&keys| calls_of(keys).len()).sum::<usize>()
+            );
         }
     }
 }
