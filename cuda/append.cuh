@@ -39,9 +39,6 @@ namespace nqkv {
 
 constexpr unsigned long long ADDRESS = (1ull << 56) - 1;
 
-// x over d, of numbers up to 2^13; `by` is ceil(2^31 / d).
-DEVICE int quotient(int x, uint32_t by) { return int(__umulhi(2 * uint32_t(x), by)); }
-
 // The number of thresholds below u, of 15 in shared memory that ascend; those that are missing are infinite.
 struct Thresholds {
   const float* all;

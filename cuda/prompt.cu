@@ -35,18 +35,11 @@ DEVICE int opaque(int x) {
   return x;
 }
 
-// Division of numbers up to 2^13 by numbers up to 2^13.
-struct Divisor {
-  uint32_t factor;
-  DEVICE explicit Divisor(uint32_t d) : factor((0x7fffffffu + d) / d) {}
-  DEVICE int of(uint32_t x) const { return __umulhi(2 * x, factor); }
-};
-
 // Where a slab of the row of all stands: its codes in a row of pages, its number in its head.
 struct Place {
   int codes, in_head;
   DEVICE Place(const SealArguments& a, const SealSide& s, int slab) {
-    const int head = Divisor(s.slabs).of(slab);
+    const int head = quotient(slab, s.by_slabs);
     in_head = slab - head * s.slabs, codes = head * a.page_bytes + s.half_offset + 512 * in_head;
   }
 };
@@ -54,7 +47,7 @@ struct Place {
 // A lane's 16 bytes of a token, 8 channels of a slab.
 struct Column {
   int head, channel;
-  DEVICE Column(const SealSide& s, int slab, int half) : head(Divisor(s.slabs).of(slab)) {
+  DEVICE Column(const SealSide& s, int slab, int half) : head(quotient(slab, s.by_slabs)) {
     channel = (slab - head * s.slabs) * SLAB_CHANNELS + half * 8;
   }
 };
@@ -189,7 +182,7 @@ template <class T> DEVICE void prompt_channels(const SealArguments& a, const Sea
 template <int SLABS> struct Tile {
   int first, have, slab, slabs;
   DEVICE Tile(const SealSide& s, int tile, int rank) {
-    const int domain = Divisor(s.domain_tiles).of(tile), start = (tile - domain * s.domain_tiles) * s.tile;
+    const int domain = quotient(tile, s.by_domain_tiles), start = (tile - domain * s.domain_tiles) * s.tile;
     first = domain * s.domain + start, have = min(s.tile, s.domain - start);
     slab = first + SLABS * rank, slabs = min(SLABS, have - SLABS * rank);
   }
@@ -226,8 +219,7 @@ DEVICE void prompt_tokens(const SealArguments& a, const SealSide& s, const Run& 
   auto own_slot = [](int lane) { return VALUE ? lane % 4 * 2 + lane / 8 % 2 + lane / 16 * 8 : lane / 4 + 8 * (lane / 2 % 2); };
   int scales, copies;
   {
-    const Divisor by_slabs(s.slabs);
-    const int head = by_slabs.of(tile.first), last = by_slabs.of(tile.first + tile.have - 1);
+    const int head = quotient(tile.first, s.by_slabs), last = quotient(tile.first + tile.have - 1, s.by_slabs);
     const int block = s.domain == s.slabs && s.blocks > 1 ? (tile.first - head * s.slabs) / s.block : 0;
     const int slot = own_slot(lane);
     scales = (head + team.rank()) * a.page_bytes + s.half_offset + s.code_bytes + 2 * ((8 * (slot % 8) + slot / 8) * s.blocks + block);

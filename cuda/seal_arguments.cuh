@@ -18,6 +18,7 @@ struct SealSide {
   int blocks, code_bytes, half_offset, fields, field_size, kind, scale_dtype, levels;
   float cell_scale, cell_offset;
   int parts, wide;         // for cuda/prompt.cu: parts of the list of pages; warps take eight slabs, not four
+  uint32_t by_slabs, by_domain_tiles;  // for `quotient`
 };
 
 struct SealArguments {
@@ -28,7 +29,7 @@ struct SealArguments {
   int batch, tokens, heads, page_bytes, sink_slots, tail_slots, window, single_slots;
   SealSide side[2];
 };
-static_assert(sizeof(SealSide) == 136 && sizeof(SealArguments) == 64 + 2 * 136, "as in src/cuda/seal.rs");
+static_assert(sizeof(SealSide) == 144 && sizeof(SealArguments) == 64 + 2 * 144, "as in src/cuda/seal.rs");
 
 namespace nqkv {
 

@@ -8,6 +8,9 @@ constexpr unsigned ALL = 0xffffffff;
 
 DEVICE int lane_of() { return threadIdx.x & 31; }
 
+// x over d, of numbers up to 2^13; `by` is ceil(2^31 / d), of src/cuda/paged.rs.
+DEVICE int quotient(int x, uint32_t by) { return int(__umulhi(2 * uint32_t(x), by)); }
+
 // 16 bytes to shared memory, zeros if not `take`.
 DEVICE void copy_16(uint32_t to, const uint8_t* from, bool take) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(take ? 16 : 0) : "memory");

@@ -3,7 +3,7 @@
 use std::ffi::c_void;
 
 use super::codec::{book_offsets, kind_number, scale_dtype_number};
-use super::paged::{Blocks, Pages, blocks_of};
+use super::paged::{Blocks, Pages, blocks_of, inverse};
 use super::room::DeviceView;
 use super::seal::in_unit_cells;
 use super::transform::TransformArgument;
@@ -160,7 +160,6 @@ impl Pages<'_> {
         }
         let per = domain.div_ceil(block.max(1));
         let lanes = (2 * block).next_power_of_two();
-        let by = |d: usize| (1u32 << 31).div_ceil(d.max(1) as u32);
         Some(AppendSide {
             x: x.address,
             sinks,
@@ -181,9 +180,9 @@ impl Pages<'_> {
             scale_dtype: scale_dtype_number(side.scale_dtype) as i32,
             works: (per * (all / domain) * lanes).div_ceil(32) as i32,
             per: per as i32,
-            by_per: by(per),
-            by_slabs: by(slabs),
-            by_block: by(block),
+            by_per: inverse(per),
+            by_slabs: inverse(slabs),
+            by_block: inverse(block),
             unused: 0,
         })
     }

@@ -46,6 +46,11 @@ pub(super) fn blocks_of(pages: &Pages<'_>, side: &SideCodec, value: bool) -> Opt
     }
 }
 
+/// What `quotient` of `cuda/strip.cuh` divides by `d` with.
+pub(super) fn inverse(d: usize) -> u32 {
+    (1u32 << 31).div_ceil(d.max(1) as u32)
+}
+
 impl Pages<'_> {
     /// As the general way takes an append.
     pub(super) fn arguments(&self, k: &DeviceView, v: &DeviceView) -> CacheArguments {

@@ -3,7 +3,7 @@
 use std::ffi::c_void;
 
 use super::codec::{book_offsets, cells, kind_number, scale_dtype_number};
-use super::paged::{Blocks, Pages, blocks_of};
+use super::paged::{Blocks, Pages, blocks_of, inverse};
 use super::room::DeviceView;
 use super::{Kernel, Stream};
 use crate::codec::{ScaleDtype, ScaleKind};
@@ -46,6 +46,8 @@ struct SealSide {
     cell_offset: f32,
     parts: i32,
     wide: i32,
+    by_slabs: u32,
+    by_domain_tiles: u32,
 }
 
 /// `SealArguments` of `cuda/seal_arguments.cuh`.
@@ -65,7 +67,7 @@ struct SealArguments {
     single_slots: i32,
     side: [SealSide; 2],
 }
-const _: () = assert!(size_of::<SealArguments>() == 64 + 2 * 136);
+const _: () = assert!(size_of::<SealArguments>() == 64 + 2 * 144);
 
 /// Whether numbers within 1 of 0 find their codes in the cells of `cuda/seal.cuh`: of width 1 / 29, each with at most one
 /// threshold, none of which is so small that its distance to a number could vanish.
@@ -182,6 +184,8 @@ impl Pages<'_> {
             cell_offset,
             parts: 0,
             wide: 0,
+            by_slabs: inverse(slabs),
+            by_domain_tiles: inverse(domain_tiles),
         })
     }
 
