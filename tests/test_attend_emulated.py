@@ -191,7 +191,8 @@ class Device:
         out = np.full((self.batch, queries, q_heads, dim), np.nan, np.float32)
         lse = np.full((self.batch, queries, q_heads), np.nan, np.float32)
         arrived = np.zeros(self.batch * self.heads * passes, np.int32)
-        partial = np.full(80 * dim + 2 * blocks * 8 * (dim + 2) + 2 * blocks * warps * 8 * (dim + 4), np.nan, "f4")
+        of_blocks, of_warps = 2 * blocks * 8 * (dim + 2), 2 * blocks * warps * 8 * (dim + 4)
+        partial = np.full(80 * dim + of_blocks + of_warps, np.nan, "f4")
         bits = sixteen(q, "bfloat16")
         starts = np.asarray(words.get("starts") or [0] * self.batch, np.int32)
         arrays = [self.counts, self.table, *self.parts[0], *self.parts[1], bits, out, lse]
