@@ -71,6 +71,7 @@ template <int D_, bool PER_TOKEN_, int BLOCK_, bool BULK_, int TYPE_ = 0> struct
   static constexpr int BARRIERS_AT = QUERIES_AT + (QUERIES_SHARED ? 256 * SLABS : 0), STAGE = BARRIERS_AT + 16;
   static constexpr int KEY_FIELDS_AT = BULK ? CODES : 0, VALUE_FIELDS_AT = KEY_FIELDS_AT;  // in each half of it
   static constexpr bool WIDE = false, ORDERED = false, FEW = false;  // other widths, channels in an order of each head: attend_widths.cuh
+  static constexpr bool GROUPED = false;              // groups of tokens and zero points: attend_grouped.cuh
   static constexpr int KEY_CODES = CODES, VALUE_CODES = CODES, TABLES = 65536;
   static constexpr int RAW = 4;                       // words of a lane for a slab
   static constexpr int PART_ROW = D + 4;              // numbers of a column of a warp's part: its stores meet different banks

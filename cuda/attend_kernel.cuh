@@ -1,6 +1,6 @@
 // Decode attention on pages: the kernel. See attend_loop.cuh.
 #pragma once
-#include "attend_widths.cuh"
+#include "attend_grouped.cuh"
 
 namespace nqkv {
 
@@ -319,9 +319,9 @@ template <class S> DEVICE void attend(const AttendArguments& a) {
       } else if constexpr (S::BULK) {
         await_barrier(keys + S::BARRIERS_AT, phase);
         if constexpr (S::ORDERED) mixed_scores(score, a, q, keys, lane4);
-        else page_scores(score, q, staged<S, 0>(keys), keys + S::KEY_FIELDS_AT, lane4);
+        else scores_of(score, q, staged<S, 0>(keys), keys + S::KEY_FIELDS_AT, lane4);
       } else {
-        page_scores(score, q, streamed<S, 0>(raw, x.values(a)), keys + S::KEY_FIELDS_AT, lane4);
+        scores_of(score, q, streamed<S, 0>(raw, x.values(a)), keys + S::KEY_FIELDS_AT, lane4);
       }
       if (S::capped(a)) {
         if (x.exact()) cap_scores((float(&)[1][4])score, a.soft_cap);
@@ -347,7 +347,7 @@ template <class S> DEVICE void attend(const AttendArguments& a) {
       } else {
         uint32_t weight[8];
         weigh<S, 4>(weight, score, state);
-        Scales<S> scale;
+        FieldsOf<S> scale;
         if (S::BULK) await_barrier(keys + S::BARRIERS_AT + 8, phase), phase ^= 1;
         scale.load(keys + S::KEY_ROOM + S::VALUE_FIELDS_AT, x.tokens());
         if constexpr (S::BULK) {
@@ -369,6 +369,7 @@ template <class S> DEVICE void attend(const AttendArguments& a) {
         state.sum[0] += __shfl_xor_sync(~0u, state.sum[0], d);
         state.sum[1] += __shfl_xor_sync(~0u, state.sum[1], d);
       }
+      if constexpr (S::GROUPED) add_zeros(state);
       const Unit* const u = done ? &walk.facts->was : &walk.facts->unit;
       if (done && u->begin >= walk.facts->begin) {
         store_unit(a, *u, state);
@@ -412,3 +413,15 @@ template <class S> DEVICE void attend(const AttendArguments& a) {
       NAME(const __grid_constant__ AttendArguments a) {                                                                          \
     nqkv::attend<nqkv::Wide<D, PER_TOKEN, BLOCK, BULK, KEY, VALUE>>(a);                                                           \
   }
+
+// Zero points: keys and values of 4 bits, and of 2.
+#define ATTEND_GROUPED_SHAPE(NAME, ...)                                                        \
+  extern "C" __global__ void __launch_bounds__(32 * nqkv::Grouped<__VA_ARGS__>::MOST_WARPS, 1) \
+      NAME(const __grid_constant__ AttendArguments a) {                                        \
+    nqkv::attend<nqkv::Grouped<__VA_ARGS__>>(a);                                               \
+  }
+#define ATTEND_GROUPED(NAME, D, BULK)                                   \
+  ATTEND_GROUPED_SHAPE(NAME, nqkv::Shape<D, false, 2, BULK>)            \
+  ATTEND_GROUPED_SHAPE(NAME##_bf16, nqkv::Shape<D, false, 2, BULK, BF>) \
+  ATTEND_GROUPED_SHAPE(NAME##_fp16, nqkv::Shape<D, false, 2, BULK, F16>)
+#define ATTEND_GROUPED_2(NAME, D, BULK) ATTEND_GROUPED_SHAPE(NAME, nqkv::Wide<D, false, 2, BULK, 2, 2>)

@@ -21,6 +21,12 @@ DEVICE uint32_t transposed(uint32_t x) {
   asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
   return y;
 }
+// What lane 4 ROW + t of the warp has.
+template <int ROW> DEVICE uint32_t of_row(uint32_t x) {
+  uint32_t y;
+  asm volatile("shfl.sync.idx.b32 %0, %1, %2, 0x31f, 0xffffffff;" : "=r"(y) : "r"(x), "n"(4 * ROW));
+  return y;
+}
 DEVICE uint4 load_shared(uint32_t address) {
   uint4 v;
   asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
@@ -34,6 +40,12 @@ DEVICE uint2 load_pair(uint32_t address) {
 DEVICE uint32_t load_one(uint32_t address) {
   uint32_t v;
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(address));
+  return v;
+}
+// Four times 8 x 8 halves: lane 8 i + r has the address of row r of the i-th; lane 4 g + t gets column g of rows 2 t and 2 t + 1.
+DEVICE uint4 load_transposed(uint32_t address) {
+  uint4 v;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
   return v;
 }
 DEVICE void store_pair(uint32_t address, uint2 v) { asm volatile("st.shared.v2.b32 [%0], {%1,%2};" ::"r"(address), "r"(v.x), "r"(v.y) : "memory"); }

@@ -18,20 +18,28 @@ template <int SIDE> DEVICE void multiply_codes(float (&c)[4], uint32_t word, uin
   mma(c, decoded<0, SIDE>(word, lane4), decoded<1, SIDE>(word, lane4), decoded<2, SIDE>(word, lane4), decoded<3, SIDE>(word, lane4), b0, b1);
 }
 
+// What weights times zero points of values sum up to, in this lane's columns.
+template <bool> struct Zeros {};
+template <> struct Zeros<true> {
+  float zero[2];
+};
+
 // Running state of a warp's columns 2 t and 2 t + 1. `sum` is this lane's part. Results are in units of 2^unit, so that fp16
 // weights times scales neither overflow nor vanish.
-template <class S> struct State {
+template <class S> struct State : Zeros<S::GROUPED> {
   float out[S::SLABS][4];
   float most[2], sum[2];
   int unit;
   DEVICE void clear() {
 #pragma unroll
     for (int j = 0; j < S::SLABS; j++) out[j][0] = out[j][1] = out[j][2] = out[j][3] = 0.f;
+    if constexpr (S::GROUPED) this->zero[0] = this->zero[1] = 0.f;
     most[0] = most[1] = NOTHING, sum[0] = sum[1] = 0.f, unit = -15;
   }
   DEVICE void rescale(float f0, float f1) {
 #pragma unroll
     for (int j = 0; j < S::SLABS; j++) out[j][0] *= f0, out[j][1] *= f1, out[j][2] *= f0, out[j][3] *= f1;
+    if constexpr (S::GROUPED) this->zero[0] *= f0, this->zero[1] *= f1;
   }
   // Room for values of size `top` in some lane.
   DEVICE void fit(float top) {
@@ -148,8 +156,8 @@ template <class S> struct Queries {
     const int lane = threadIdx.x & 31;
     uint32_t large = 0;
 #pragma unroll
-    for (int i = 0; i < S::D / 4; i += 32) {
-      const uint4 f = load_shared(fields + min(i + lane, S::D / 4 - 1) * 16);
+    for (int i = 0; i < S::KEY_FIELDS / 16; i += 32) {
+      const uint4 f = load_shared(fields + min(i + lane, S::KEY_FIELDS / 16 - 1) * 16);
       large |= f.x | f.y;
     }
     if (__any_sync(~0u, large & 0x40004000)) lower();

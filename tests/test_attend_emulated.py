@@ -89,6 +89,15 @@ def widths_of(side: Any, dim: int) -> list[int]:
     return list(side.widths or [bits_of(side.codebook)] * (dim // 16))
 
 
+def fields_of(side: Any, dim: int, heads: int) -> tuple[int, int]:
+    """Numbers of fields for a block, and blocks of a token in a head or of a channel in a page."""
+    fields = 2 if side.scale in ("minmax", "mean_absmax") else 1
+    if side.axis == "token":
+        return fields, 64 // side.block
+    starts = [h * dim if side.span == "heads" else 0 for h in range(heads)]
+    return fields, max((s + dim - 1) // side.block - s // side.block + 1 for s in starts)
+
+
 def levels_of(codebook: Any, width: int) -> Any:
     """Levels in fp16."""
     if isinstance(codebook, str):
@@ -153,14 +162,18 @@ class Device:
         """Fields of tokens beyond the count, in a row of pages."""
         half, scheme = self.cache.core.value_offset, self.cache.scheme
         key_codes, codes = (128 * sum(widths_of(s, self.dim)) for s in (scheme.key, scheme.value))
-        channel = self.cache.scheme.key.axis == "token"
-        blocks = -(-self.dim // 64) if channel else 1
-        for n in range(count, 64):
-            place = 8 * (n % 8) + 2 * (n // 16) + n // 8 % 2
-            value = half + codes + 2 * blocks * place
-            row[:, value : value + 2 * blocks] = 0xFF
-            if not channel:
-                row[:, key_codes + 2 * place : key_codes + 2 * place + 2] = 0xFF
+        sides = [(scheme.value, half + codes)]
+        if scheme.key.axis == "channel":
+            sides.append((scheme.key, key_codes))
+        else:
+            fields, groups = fields_of(scheme.key, self.dim, self.heads)
+            size, used = 2 * fields * self.dim, -(-count * groups // 64)
+            row[:, key_codes + used * size : key_codes + groups * size] = 0xFF
+        for side, at in sides:
+            size = 2 * math.prod(fields_of(side, self.dim, self.heads))
+            for n in range(count, 64):
+                place = at + size * (8 * (n % 8) + 2 * (n // 16) + n // 8 % 2)
+                row[:, place : place + size] = 0xFF
 
     def attend(self, emulator: Any, q: Any, seed: int, **words: Any) -> tuple[Any, Any]:
         """The kernel's result and log-sum-exp."""
@@ -180,7 +193,10 @@ class Device:
         mixed = {0: 4, 9: 8}.get(key, 0)
         warps = min(warps, 3) if mixed == 8 else warps
         bulk = dim == 256 or mixed > 0 or (seed % 5 % 2 and key != 8)
-        fields = 4 * dim + 128 * -(-dim // 64) if channel else 256
+        of_key, of_value = (
+            math.prod(fields_of(side, dim, self.heads)) for side in (scheme.key, scheme.value)
+        )
+        fields = 2 * (dim if channel else 64) * of_key + 128 * of_value
         room = (self.cache.core.page_bytes if bulk else fields) + (4096 if dim > 128 else 0)
         if bulk and dim == 128 and key in (2, 3):
             room += 16 * dim
@@ -191,8 +207,9 @@ class Device:
         out = np.full((self.batch, queries, q_heads, dim), np.nan, np.float32)
         lse = np.full((self.batch, queries, q_heads), np.nan, np.float32)
         arrived = np.zeros(self.batch * self.heads * passes, np.int32)
-        of_blocks, of_warps = 2 * blocks * 8 * (dim + 2), 2 * blocks * warps * 8 * (dim + 4)
-        partial = np.full(80 * dim + of_blocks + of_warps, np.nan, "f4")
+        partial = np.full(
+            80 * dim + 2 * blocks * 8 * (dim + 2) + 2 * blocks * warps * 8 * (dim + 4), np.nan, "f4"
+        )
         bits = sixteen(q, "bfloat16")
         starts = np.asarray(words.get("starts") or [0] * self.batch, np.int32)
         arrays = [self.counts, self.table, *self.parts[0], *self.parts[1], bits, out, lse]
@@ -228,6 +245,8 @@ class Device:
         a.ordered = scheme.key.channel_order is not None
         a.key_slabs[:] = [widths[0].count(width) for width in (8, 6, 5, 4, 3, 2, 1, 0)]
         wide = 0 if (key, value) == (4, 4) else 2 * (10 * value + key + 1)
+        if scheme.value.scale == "minmax":
+            wide = 400 if key == 4 else 402
         base = [1024, 0][seed // 3 % 2]
         run = emulator.emulate(
             ctypes.byref(a), dim, wide + (not channel), bulk, blocks, warps, seed % 2, base, seed
@@ -251,12 +270,16 @@ class Checked:
         )
         self.seed = 0
 
-    def append(self, n: int, k_scale: float = 1.0, v_scale: float = 1.0) -> None:
+    def append(
+        self, n: int, k_scale: float = 1.0, v_scale: float = 1.0, v_offset: Any = 0.0
+    ) -> None:
         core, shape = self.cache.core, (self.cache.core.batch, self.cache.core.kv_heads, n)
         k, v = (self.random.standard_normal((*shape, self.cache.key_dim)) for _ in range(2))
         k += np.random.default_rng(5).standard_normal((1, core.kv_heads, 1, self.cache.key_dim))
         dtype = getattr(torch, core.exact_dtype)
-        self.cache.append(*(torch.from_numpy(x).to(dtype) for x in (k * k_scale, v * v_scale)))
+        self.cache.append(
+            *(torch.from_numpy(x).to(dtype) for x in (k * k_scale, v * v_scale + v_offset))
+        )
 
     def check(self, group: int, queries: int = 1, **words: Any) -> None:
         core, self.seed = self.cache.core, self.seed + 1

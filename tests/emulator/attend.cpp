@@ -21,6 +21,12 @@ extern "C" int emulate(const AttendArguments* a, int dim, int kind, int bulk, in
     return bulk ? run(nqkv::Wide<D, PER_TOKEN, BLOCK, true, KEY, VALUE>()) : run(nqkv::Wide<D, PER_TOKEN, BLOCK, false, KEY, VALUE>());
 #define MIXED_KEYS(D, KEY, VALUE) \
   case D + 1000 * 2 * (10 * VALUE + KEY + 1): return run(nqkv::Wide<D, false, 4, true, KEY, VALUE>());
+// Zero points: kind 400, and 402 with codes of 2 bits.
+#define ZERO_POINTS(D)                                                                                                         \
+  case D + 1000 * 400:                                                                                                         \
+    return bulk ? run(nqkv::Grouped<nqkv::Shape<D, false, 2, true>>()) : run(nqkv::Grouped<nqkv::Shape<D, false, 2, false>>()); \
+  case D + 1000 * 402:                                                                                                         \
+    return bulk ? run(nqkv::Grouped<nqkv::Wide<D, false, 2, true, 2, 2>>()) : run(nqkv::Grouped<nqkv::Wide<D, false, 2, false, 2, 2>>());
   switch (dim + 1000 * kind) {
 #ifdef WIDTHS
     WIDE(64, false, 4, 2, 2)
@@ -41,6 +47,9 @@ extern "C" int emulate(const AttendArguments* a, int dim, int kind, int bulk, in
     MIXED_KEYS(128, nqkv::MIXED, 2)
     MIXED_KEYS(128, nqkv::MIXED, 4)
     MIXED_KEYS(128, nqkv::MIXED8, 8)
+#elif defined(GROUPS)
+    ZERO_POINTS(64)
+    ZERO_POINTS(128)
 #else
     SHAPE(64, false, 4)
     SHAPE(80, false, 4)

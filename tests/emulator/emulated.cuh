@@ -45,9 +45,20 @@ DEVICE uint32_t transposed(uint32_t x) {
   auto element = [&](int row) { return said_by<uint32_t>(m, 4 * row + g / 2) >> 16 * (g % 2) & 0xffff; };
   return element(2 * t) | element(2 * t + 1) << 16;
 }
+template <int ROW> DEVICE uint32_t of_row(uint32_t x) { return said_by<uint32_t>(together(13, x), 4 * ROW + me->lane % 4); }
 DEVICE uint4 load_shared(uint32_t address) { return *(const uint4*)shared_at(address, 16); }
 DEVICE uint2 load_pair(uint32_t address) { return *(const uint2*)shared_at(address, 8); }
 DEVICE uint32_t load_one(uint32_t address) { return *(const uint32_t*)shared_at(address, 4); }
+DEVICE uint4 load_transposed(uint32_t address) {
+  const Messages& m = together(12, address);
+  const int g = me->lane / 4, t = me->lane % 4;
+  uint32_t word[4];
+  for (int i = 0; i < 4; i++) {
+    auto element = [&](int row) { return uint32_t(((const uint16_t*)shared_at(said_by<uint32_t>(m, 8 * i + row), 16))[g]); };
+    word[i] = element(2 * t) | element(2 * t + 1) << 16;
+  }
+  return make_uint4(word[0], word[1], word[2], word[3]);
+}
 DEVICE void store_pair(uint32_t address, uint2 v) { *(uint2*)shared_at(address, 8) = v; }
 template <int OFFSET> DEVICE uint32_t load_word(uint32_t address) { return *(const uint32_t*)shared_at(address + OFFSET, 4); }
 template <int OFFSET> DEVICE uint2 load_words(uint32_t address) { return *(const uint2*)shared_at(address + OFFSET, 8); }
