@@ -34,7 +34,7 @@ struct AttendArguments {
   const uint8_t* codec;   // the codec of page.cuh, for attend_widths.cuh
   int key_codes;          // bytes of a page's keys without fields
   int ordered;            // channels of keys have an order of each head
-  uint8_t key_slabs[8];   // of 8, 6, 5, 4, 3, 2, 1 and 0 bits
+  uint8_t key_slabs[8];   // of 8, 6, 5, 4, 3, 2, 1 and 0 bits. For attend_split.cuh: slabs of a block of keys, of values, from head to head (or 0)
 };
 static_assert(sizeof(AttendArguments) == 296, "as in src/cuda/attend.rs");
 
@@ -72,6 +72,7 @@ template <int D_, bool PER_TOKEN_, int BLOCK_, bool BULK_, int TYPE_ = 0> struct
   static constexpr int KEY_FIELDS_AT = BULK ? CODES : 0, VALUE_FIELDS_AT = KEY_FIELDS_AT;  // in each half of it
   static constexpr bool WIDE = false, ORDERED = false, FEW = false;  // other widths, channels in an order of each head: attend_widths.cuh
   static constexpr bool GROUPED = false;              // groups of tokens and zero points: attend_grouped.cuh
+  static constexpr bool SPLIT = false;                // two scales of a token: attend_split.cuh
   static constexpr int KEY_CODES = CODES, VALUE_CODES = CODES, TABLES = 65536;
   static constexpr int RAW = 4;                       // words of a lane for a slab
   static constexpr int PART_ROW = D + 4;              // numbers of a column of a warp's part: its stores meet different banks

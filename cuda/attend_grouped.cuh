@@ -10,14 +10,18 @@ namespace nqkv {
 
 constexpr int GROUP = 32;  // tokens
 
-// As Shape or Wide, with blocks of two slabs.
-template <class Base> struct Grouped : Base {
-  static_assert(!Base::PER_TOKEN && Base::BLOCK == 2 && (Base::BLOCKS == 2 || Base::BLOCKS == 4), "head size 64 or 128");
-  static constexpr bool GROUPED = true;
-  static constexpr int KEY_FIELDS = PAGE_TOKENS / GROUP * Base::KEY_FIELDS, VALUE_FIELDS = 2 * Base::VALUE_FIELDS;
+// As Shape or Wide, with more bytes of fields.
+template <class Base, int KEY_FIELDS_, int VALUE_FIELDS_> struct WithFields : Base {
+  static constexpr int KEY_FIELDS = KEY_FIELDS_, VALUE_FIELDS = VALUE_FIELDS_;
   static constexpr int KEY_BYTES = (Base::KEY_CODES + KEY_FIELDS + 127) / 128 * 128, VALUE_BYTES = (Base::VALUE_CODES + VALUE_FIELDS + 127) / 128 * 128;
   static constexpr int KEY_ROOM = Base::BULK ? KEY_BYTES : KEY_FIELDS, QUERIES_AT = KEY_ROOM + (Base::BULK ? VALUE_BYTES : VALUE_FIELDS);
   static constexpr int BARRIERS_AT = QUERIES_AT + (Base::QUERIES_SHARED ? 256 * Base::SLABS : 0), STAGE = BARRIERS_AT + 16;
+};
+
+// Blocks of two slabs.
+template <class Base> struct Grouped : WithFields<Base, PAGE_TOKENS / GROUP * Base::KEY_FIELDS, 2 * Base::VALUE_FIELDS> {
+  static_assert(!Base::PER_TOKEN && Base::BLOCK == 2 && (Base::BLOCKS == 2 || Base::BLOCKS == 4), "head size 64 or 128");
+  static constexpr bool GROUPED = true;
   static constexpr bool FEW = Base::FEW || (Base::BULK && !Base::PLAIN && Base::D == 128);  // registers, for exact tokens
 };
 
@@ -142,21 +146,6 @@ template <class S> DEVICE void add_zeros(State<S>& state) {
       for (int i = 0; i < 4; i++) state.out[j][i] += zero[i % 2];
     }
   });
-}
-
-// ---- what a kernel calls
-
-template <class S, bool GROUPED> struct FieldsFor {
-  using Type = Scales<S>;
-};
-template <class S> struct FieldsFor<S, true> {
-  using Type = GroupedFields<S>;
-};
-template <class S> using FieldsOf = typename FieldsFor<S, S::GROUPED>::Type;
-
-template <class S, class C> DEVICE void scores_of(float (&score)[4][4], Queries<S>& q, const C& codes, uint32_t fields, uint32_t lane4) {
-  if constexpr (S::GROUPED) grouped_scores(score, q, codes, fields, lane4);
-  else page_scores(score, q, codes, fields, lane4);
 }
 
 }  // namespace nqkv

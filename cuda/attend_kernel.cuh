@@ -1,6 +1,6 @@
 // Decode attention on pages: the kernel. See attend_loop.cuh.
 #pragma once
-#include "attend_grouped.cuh"
+#include "attend_split.cuh"
 
 namespace nqkv {
 
@@ -347,7 +347,7 @@ template <class S> DEVICE void attend(const AttendArguments& a) {
       } else {
         uint32_t weight[8];
         weigh<S, 4>(weight, score, state);
-        FieldsOf<S> scale;
+        auto scale = fields_of_values(q);
         if (S::BULK) await_barrier(keys + S::BARRIERS_AT + 8, phase), phase ^= 1;
         scale.load(keys + S::KEY_ROOM + S::VALUE_FIELDS_AT, x.tokens());
         if constexpr (S::BULK) {
@@ -425,3 +425,14 @@ template <class S> DEVICE void attend(const AttendArguments& a) {
   ATTEND_GROUPED_SHAPE(NAME##_bf16, nqkv::Shape<D, false, 2, BULK, BF>) \
   ATTEND_GROUPED_SHAPE(NAME##_fp16, nqkv::Shape<D, false, 2, BULK, F16>)
 #define ATTEND_GROUPED_2(NAME, D, BULK) ATTEND_GROUPED_SHAPE(NAME, nqkv::Wide<D, false, 2, BULK, 2, 2>)
+
+// Two scales of a token.
+#define ATTEND_SPLIT_SHAPE(NAME, ...)                                                        \
+  extern "C" __global__ void __launch_bounds__(32 * nqkv::Split<__VA_ARGS__>::MOST_WARPS, 1) \
+      NAME(const __grid_constant__ AttendArguments a) {                                      \
+    nqkv::attend<nqkv::Split<__VA_ARGS__>>(a);                                               \
+  }
+#define ATTEND_SPLIT(NAME, ...)                    \
+  ATTEND_SPLIT_SHAPE(NAME, __VA_ARGS__)            \
+  ATTEND_SPLIT_SHAPE(NAME##_bf16, __VA_ARGS__, BF) \
+  ATTEND_SPLIT_SHAPE(NAME##_fp16, __VA_ARGS__, F16)

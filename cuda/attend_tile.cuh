@@ -88,7 +88,23 @@ template <int N> DEVICE float largest(const uint32_t (&pair)[N], int dtype) {
 // [0.5, 1) * 2^14: then products with a page's scales neither vanish in fp16 for scales down to 1e-6, nor overflow for scales below
 // 2. Where a page has larger ones, the column comes down to [0.5, 1) and stays there.
 constexpr int LIFT = 14;
-template <class S> struct Queries {
+
+// The slabs where the first block of a token ends, in this head's keys and values; at or beyond the last one's end if none does.
+template <bool> struct Ends {
+  DEVICE void find(const AttendArguments&, int) {}
+};
+template <> struct Ends<true> {
+  int end[2];
+  DEVICE void find(const AttendArguments& a, int h) {
+#pragma unroll
+    for (int side = 0; side < 2; side++) {
+      const int block = opaque(a.key_slabs[side]);
+      end[side] = block - int(unsigned(h * a.key_slabs[2 + side]) % unsigned(block));
+    }
+  }
+};
+
+template <class S> struct Queries : Ends<S::SPLIT> {
   uint32_t b[S::SLABS][2];  // on their way to shared memory, if they are kept there
   uint32_t shared;          // this lane's place there
   float factor[2];  // of the scores of this lane's two columns, log2(e) included
@@ -102,6 +118,7 @@ template <class S> struct Queries {
     const int lane = threadIdx.x & 31, g = lane / 4, t = lane % 4, c = first + g, group = opaque(a.group);
     const bool have = c < S::queries(a) * group;
     const int query = S::queries(a) == 1 ? 0 : c / group, head = h * group + c - query * group;
+    this->find(a, h);
     const uint8_t* from = a.q + opaque(sequence) * a.q_stride[0] + head * a.q_stride[1] + query * a.q_stride[2] + 4 * t;
     if constexpr (S::ORDERED) gather(have, order_of(a, h, S::D), from - 4 * t);
     else follow(have, from);

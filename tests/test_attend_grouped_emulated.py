@@ -97,7 +97,7 @@ def test_zero_points_that_outweigh_scales(emulator: Any, bits: int) -> None:
 def test_groups_of_different_size(emulator: Any) -> None:
     """Only the second group of a page has scales that queries come down for."""
     checked = Checked(emulator, kivi(4), 1, 128, 1)
-    checked.append(32)
+    checked.append(32, 0.1)
     checked.append(32, 100.0)
     checked.append(40)
     for _ in range(3):

@@ -27,6 +27,9 @@ extern "C" int emulate(const AttendArguments* a, int dim, int kind, int bulk, in
     return bulk ? run(nqkv::Grouped<nqkv::Shape<D, false, 2, true>>()) : run(nqkv::Grouped<nqkv::Shape<D, false, 2, false>>()); \
   case D + 1000 * 402:                                                                                                         \
     return bulk ? run(nqkv::Grouped<nqkv::Wide<D, false, 2, true, 2, 2>>()) : run(nqkv::Grouped<nqkv::Wide<D, false, 2, false, 2, 2>>());
+// Two scales of a token: kind 405.
+#define TWO_SCALES(D) \
+  case D + 1000 * 405: return bulk ? run(nqkv::Split<D, true>()) : run(nqkv::Split<D, false>());
   switch (dim + 1000 * kind) {
 #ifdef WIDTHS
     WIDE(64, false, 4, 2, 2)
@@ -50,6 +53,11 @@ extern "C" int emulate(const AttendArguments* a, int dim, int kind, int bulk, in
 #elif defined(GROUPS)
     ZERO_POINTS(64)
     ZERO_POINTS(128)
+#elif defined(TWO)
+    TWO_SCALES(64)
+    TWO_SCALES(80)
+    TWO_SCALES(96)
+    TWO_SCALES(128)
 #else
     SHAPE(64, false, 4)
     SHAPE(80, false, 4)

@@ -1,0 +1,7 @@
+// Decode attention on pages with two scales of a token, head size 96: attend_split.cuh.
+// target: compute_80
+// isa: 8.0
+// expect: sm_90 HMMA.16816.F32 >= 48
+#include "attend_kernel.cuh"
+
+ATTEND_SPLIT(attend_split_96, 96, false)
