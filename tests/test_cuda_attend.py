@@ -406,7 +406,8 @@ def test_what_the_kernel_does_not_take() -> None:
     base = json.loads(Scheme.of("nqkv4").to_json())
     base["value"]["scale"] = "minmax"
     for scheme, dim, expected in [
-        ("kivi2", 128, "no zero point"),
+        ("kivi2", 96, "head size"),
+        ("nqkv", 112, "head size"),
         (base, 128, "no zero point"),
         ("nqkv4", 112, "head size"),
     ]:

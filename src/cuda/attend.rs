@@ -3,6 +3,7 @@
 //! A launch allocates nothing and waits for nothing; how much there is to do, the kernel finds in the counts on the device.
 //! What no kernel takes is refused with the reason, for the caller to take another way.
 
+mod fields;
 mod kernels;
 mod widths;
 
@@ -12,15 +13,13 @@ use cudarc::driver::result;
 use half::f16;
 
 use self::kernels::{Calls, Keys};
-use self::widths::Widths;
 use super::codec::dtype_number;
 use super::driver::{Device, Stream, error};
 use super::paged::Pages;
 use super::room::DeviceView;
 use crate::codec::ScaleDtype;
 use crate::error::{Error, Result};
-use crate::page::{FieldAxis, HALF_ALIGN, PAGE_TOKENS};
-use crate::scheme::Span;
+use crate::page::{HALF_ALIGN, PAGE_TOKENS};
 use crate::seal::{PageCodec, SideCodec};
 use crate::tensor::Dtype;
 
@@ -139,26 +138,7 @@ fn keys_of(codec: &PageCodec, bulk: bool) -> std::result::Result<Keys, String> {
             return Err("scales in fp16".into());
         }
     }
-    let FieldAxis::PerToken { blocks } = value.layout.axis else { unreachable!("values have one scale per token") };
-    if value.layout.fields != 1 {
-        return Err("values with a scale and no zero point".into());
-    }
-    let spec = &codec.scheme.value;
-    let per_token = match key.layout.axis {
-        FieldAxis::PerChannel { group: PAGE_TOKENS } if key.layout.fields == 2 => false,
-        FieldAxis::PerChannel { .. } => return Err("keys with scale and mean of 64 tokens, or one scale per token".into()),
-        FieldAxis::PerToken { blocks: 1 } if key.layout.fields == 1 => true,
-        FieldAxis::PerToken { .. } => return Err("keys with one scale per token and head".into()),
-    };
-    let fits = match per_token {
-        false => blocks == dim.div_ceil(64) && (blocks == 1 || (spec.span == Span::Head && spec.block == 64)),
-        true => blocks == 1,
-    };
-    if !fits {
-        let expected = if per_token { "with one scale per token and head" } else { "in blocks of 64 channels" };
-        return Err(format!("values {expected}"));
-    }
-    let keys = Widths::of(codec)?.keys(per_token)?;
+    let keys = fields::keys_of(codec)?;
     let dims = kernels::dims(keys, bulk && keys.is_staged());
     if dims.is_empty() {
         return Err("compute capability 9.0 for keys of several widths, or in an order of each head".into());
@@ -172,9 +152,10 @@ fn keys_of(codec: &PageCodec, bulk: bool) -> std::result::Result<Keys, String> {
 /// Warps of a block that registers allow, as in `cuda/attend.cuh`.
 fn most_warps(keys: Keys, dim: usize, bulk: bool) -> usize {
     let few = match keys {
-        Keys::Wide(..) if keys.has_many_warps(bulk) => return 16,
+        _ if keys.has_many_warps(bulk) => return 16,
+        Keys::Split => !bulk && dim > 64,
         Keys::Wide(..) => keys.is_large() || (!bulk && dim >= 96),
-        Keys::Channel if !bulk => dim >= 96,
+        Keys::Channel | Keys::Grouped(_) if !bulk => dim >= 96,
         _ => bulk && (dim > 128 || dim == 96),
     };
     if few { 8 } else { 12 }
@@ -322,12 +303,11 @@ impl Pages<'_> {
             codec: room.codec,
             key_codes: self.codec.key.layout.code_bytes as i32,
             ordered: i32::from(self.codec.key.is_ordered()),
-            key_slabs: [8, 6, 5, 4, 3, 2, 1, 0]
-                .map(|width| self.codec.key.layout.slabs.iter().filter(|s| s.width == width).count() as u8),
+            key_slabs: fields::key_slabs(self.codec, plan.keys),
         };
         let plain = !masked && call.soft_cap.is_none() && call.lse == 0;
         let calls = match [self.exact, call.q.dtype, call.out.1] {
-            _ if matches!(plan.keys, Keys::Wide(..)) => Calls::Any,
+            _ if kernels::calls_of(plan.keys) == [Calls::Any] => Calls::Any,
             [Dtype::Bf16, Dtype::Bf16, Dtype::Bf16] if plain => Calls::PlainBf16,
             [Dtype::F16, Dtype::F16, Dtype::F16] if plain => Calls::PlainFp16,
             _ => Calls::Any,
@@ -388,13 +368,35 @@ mod tests {
     }
 
     #[test]
+    fn fields_and_shared_queries_count_in_a_stage() {
+        for (scheme, dim, keys, staged, streamed) in [
+            ("kivi4", 128, Keys::Grouped(4), 10240, 2048),
+            ("kivi4", 64, Keys::Grouped(4), 5120, 1024),
+            ("kivi2", 128, Keys::Grouped(2), 6144 + 2048, 2048),
+            ("kivi2", 64, Keys::Grouped(2), 3072, 1024),
+            ("nqkv", 96, Keys::Split, 6656, 512),
+            ("nqkv", 80, Keys::Split, 5632, 512),
+        ] {
+            let codec = codec(scheme, 8, dim);
+            assert_eq!(stage_bytes(&codec, keys, true), staged, "{scheme} {dim}");
+            assert_eq!(stage_bytes(&codec, keys, false), streamed, "{scheme} {dim}");
+            let plan = |bulk, device| Plan::configure((keys, bulk), &codec, Dtype::Bf16, device, 128, 4).unwrap();
+            let (small, hopper) = (plan(false, (84, 99 << 10)), plan(true, (132, 227 << 10)));
+            assert!(small.shared <= 99 << 10 && small.warps >= 8, "{small:?}");
+            assert!(hopper.shared <= 227 << 10 && hopper.warps == if keys == Keys::Grouped(2) { 16 } else { 12 }, "{hopper:?}");
+        }
+    }
+
+    #[test]
     fn what_no_kernel_takes_is_named() {
         assert_eq!(keys_of(&codec("nqkv4", 8, 128), false), Ok(Keys::Channel));
         assert_eq!(keys_of(&codec("nqkv4-signed", 2, 96), true), Ok(Keys::Channel));
         assert_eq!(keys_of(&codec("nqkv", 8, 128), true), Ok(Keys::Token));
-        assert!(keys_of(&codec("kivi2", 8, 128), true).unwrap_err().contains("no zero point"));
-        assert!(keys_of(&codec("kivi4", 8, 128), true).unwrap_err().contains("no zero point"));
-        assert!(keys_of(&codec("nqkv", 8, 96), true).unwrap_err().contains("one scale per token"));
+        assert_eq!(keys_of(&codec("kivi2", 8, 128), true), Ok(Keys::Grouped(2)));
+        assert_eq!(keys_of(&codec("kivi4", 8, 64), false), Ok(Keys::Grouped(4)));
+        assert_eq!(keys_of(&codec("nqkv", 8, 96), true), Ok(Keys::Split));
+        assert!(keys_of(&codec("kivi4", 8, 96), true).unwrap_err().contains("[64, 128], got 96"));
+        assert!(keys_of(&codec("nqkv", 8, 112), true).unwrap_err().contains("got 112"));
         assert!(keys_of(&codec("nqkv4", 8, 112), true).unwrap_err().contains("got 112"));
         assert!(keys_of(&codec("nqkv4", 8, 256), false).unwrap_err().contains("got 256"));
     }

@@ -16,6 +16,10 @@ pub(super) enum Keys {
     Channel,
     /// One scale per token, values likewise.
     Token,
+    /// Scale and zero point of each channel and 32 tokens, values of each token and 32 channels; codes of 4 or 2 bits.
+    Grouped(u8),
+    /// Two scales per token, values likewise: a block ends inside a head.
+    Split,
     /// Other widths than 4 bits, with the fields of one of these.
     Wide(Widths, Fields),
 }
@@ -41,9 +45,9 @@ pub(super) enum Calls {
 }
 
 /// Those that there are kernels for.
-fn calls_of(keys: Keys) -> &'static [Calls] {
+pub(super) fn calls_of(keys: Keys) -> &'static [Calls] {
     match keys {
-        Keys::Wide(..) => &[Calls::Any],
+        Keys::Wide(..) | Keys::Grouped(2) => &[Calls::Any],
         _ => &[Calls::Any, Calls::PlainBf16, Calls::PlainFp16],
     }
 }
@@ -82,6 +86,8 @@ const MIXED: &[Keys] = &[
 ];
 const MIXED8: &[Keys] =
     &[Keys::Wide(Widths::Mixed8 { value: 4 }, Fields::Channel), Keys::Wide(Widths::Mixed8 { value: 8 }, Fields::Channel)];
+const GROUPED: &[Keys] = &[Keys::Grouped(4), Keys::Grouped(2)];
+const SPLIT: &[Keys] = &[Keys::Split];
 sources! {
     "attend_64": 64 false BOTH,
     "attend_64_sm90": 64 true BOTH,
@@ -106,6 +112,18 @@ sources! {
     "attend_w8_128": 128 false W8,
     "attend_mixed_128_sm90": 128 true MIXED,
     "attend_mixed8_128_sm90": 128 true MIXED8,
+    "attend_kivi_64": 64 false GROUPED,
+    "attend_kivi_64_sm90": 64 true GROUPED,
+    "attend_kivi_128": 128 false GROUPED,
+    "attend_kivi_128_sm90": 128 true GROUPED,
+    "attend_split_64": 64 false SPLIT,
+    "attend_split_64_sm90": 64 true SPLIT,
+    "attend_split_80": 80 false SPLIT,
+    "attend_split_80_sm90": 80 true SPLIT,
+    "attend_split_96": 96 false SPLIT,
+    "attend_split_96_sm90": 96 true SPLIT,
+    "attend_split_128": 128 false SPLIT,
+    "attend_split_128_sm90": 128 true SPLIT,
 }
 
 /// Head sizes that there are kernels for.
@@ -132,6 +150,9 @@ fn name(keys: Keys, dim: usize, calls: Calls) -> String {
     match keys {
         Keys::Channel => format!("attend_channel_{dim}{calls}"),
         Keys::Token => format!("attend_token_{dim}{calls}"),
+        Keys::Grouped(4) => format!("attend_kivi_{dim}{calls}"),
+        Keys::Grouped(bits) => format!("attend_kivi_k{bits}v{bits}_{dim}"),
+        Keys::Split => format!("attend_split_{dim}{calls}"),
         Keys::Wide(Widths::Even(bits), Fields::Channel) => format!("attend_channel_k{bits}v{bits}_{dim}"),
         Keys::Wide(Widths::Even(bits), Fields::Token) => format!("attend_token_k{bits}v{bits}_{dim}"),
         Keys::Wide(Widths::Mixed { value }, _) => format!("attend_mixed_v{value}_{dim}"),

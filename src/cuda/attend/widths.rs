@@ -73,7 +73,7 @@ impl Keys {
 
     /// Whether the kernel has many warps, of few registers, with queries in shared memory: decoding, not memory, takes its time.
     pub(super) fn has_many_warps(self, bulk: bool) -> bool {
-        bulk && matches!(self, Self::Wide(Widths::Even(2 | 3), _))
+        bulk && matches!(self, Self::Wide(Widths::Even(2 | 3), _) | Self::Grouped(2))
     }
 
     /// Whether pages come by bulk copies, on devices that have them: at 8 bits shared memory has room for few, and registers for more.
