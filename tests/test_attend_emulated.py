@@ -204,18 +204,23 @@ class Device:
             room += 16 * dim + -(-(8 * mixed * dim + 4 * dim) // 128) * 128
             room -= self.cache.core.value_offset
         end = (warps * (room + 16 + 192 + 128) + 32 + 4 * (self.batch + 1) + 15) // 16 * 16
+        plain, exact = words.get("plain"), 3 if self.exact == "bfloat16" else 2
         out = np.full((self.batch, queries, q_heads, dim), np.nan, np.float32)
+        if plain:
+            out = np.full(out.shape, 0x7FFF, np.int16)
         lse = np.full((self.batch, queries, q_heads), np.nan, np.float32)
         arrived = np.zeros(self.batch * self.heads * passes, np.int32)
         partial = np.full(
             80 * dim + 2 * blocks * 8 * (dim + 2) + 2 * blocks * warps * 8 * (dim + 4), np.nan, "f4"
         )
-        bits = sixteen(q, "bfloat16")
+        bits = sixteen(q, self.exact if plain else "bfloat16")
         starts = np.asarray(words.get("starts") or [0] * self.batch, np.int32)
         arrays = [self.counts, self.table, *self.parts[0], *self.parts[1], bits, out, lse]
         a = Arguments(*(x.ctypes.data for x in [*arrays, starts, partial, arrived]))
         if words.get("starts") is None:
             a.starts = 0
+        if plain:
+            a.lse = 0
         a.capacity, a.q_stride[:] = (
             self.capacity,
             [2 * n * dim for n in (q_heads * queries, queries, 1)],
@@ -229,7 +234,7 @@ class Device:
         )
         a.page_bytes, a.value_offset = self.cache.core.page_bytes, self.cache.core.value_offset
         a.sink_slots, a.tail_slots = self.slots
-        a.exact, a.q_dtype, a.out_dtype = 3 if self.exact == "bfloat16" else 2, 3, 1
+        a.exact, a.q_dtype, a.out_dtype = (exact, exact, exact) if plain else (exact, 3, 1)
         a.window, a.soft_cap = words.get("window") or 0, words.get("soft_cap") or 0.0
         a.masked = bool(words.get("window") or words.get("starts") or queries > 1)
         a.irregular, a.single = self.irregular, self.single
@@ -253,11 +258,14 @@ class Device:
                 *(side.block // 16 for side in (scheme.key, scheme.value)),
                 *(dim // 16 * (side.span == "heads") for side in (scheme.key, scheme.value)),
             ]
+        wide += 10 * exact if plain else 0
         base = [1024, 0][seed // 3 % 2]
         run = emulator.emulate(
             ctypes.byref(a), dim, wide + (not channel), bulk, blocks, warps, seed % 2, base, seed
         )
         assert run == 0 and not arrived.any()
+        if plain:
+            out = torch.from_numpy(out).view(getattr(torch, self.exact)).float().numpy()
         return out, lse
 
 
@@ -284,6 +292,16 @@ class Checked:
         self.cache.append(
             *(torch.from_numpy(x).to(dtype) for x in (k * k_scale, v * v_scale + v_offset))
         )
+
+    def check_plain(self, group: int) -> None:
+        """A call of one query and no more, in the exact tokens' dtype: a kernel of its own."""
+        core, self.seed = self.cache.core, self.seed + 1
+        q = self.random.standard_normal((core.batch, core.kv_heads * group, 1, self.cache.key_dim))
+        q = torch.from_numpy(q).to(getattr(torch, core.exact_dtype)).double().numpy()
+        out, _ = Device(self.cache).attend(self.emulator, q, self.seed, plain=True)
+        expected = np.asarray(self.cache.attend(q))
+        rounding = 2**-9 if core.exact_dtype == "bfloat16" else 2**-12
+        assert np.linalg.norm(out - expected) <= (1e-3 + rounding) * np.linalg.norm(expected)
 
     def check(
         self, group: int, queries: int = 1, alone: tuple[int, ...] = (), **words: Any

@@ -43,6 +43,18 @@ def test_shapes(emulator: Any, bits: int, dim: int) -> None:
             checked.check(group)
 
 
+@pytest.mark.parametrize(("dim", "exact"), [(64, "bfloat16"), (128, "bfloat16"), (128, "float16")])
+def test_plain_calls(emulator: Any, dim: int, exact: str) -> None:
+    checked = Checked(emulator, kivi(4, sinks=5), 2, dim, 3, exact=exact)
+    for n in (3, 30, 200):
+        checked.append(n)
+        for group in (1, 4, 8, 9):
+            checked.check_plain(group)
+    checked.cache.crop([201, 77, 4])
+    for _ in range(3):
+        checked.check_plain(4)
+
+
 @pytest.mark.parametrize("bits", [4, 2])
 def test_masks(emulator: Any, bits: int) -> None:
     checked = Checked(emulator, kivi(bits, sinks=5), 2, 64, 4)

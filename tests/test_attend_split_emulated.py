@@ -55,6 +55,18 @@ def test_shapes(emulator: Any, heads: int, dim: int, scheme: Scheme) -> None:
             checked.check(group)
 
 
+@pytest.mark.parametrize(("heads", "dim", "exact"), [(6, 80, "bfloat16"), (5, 128, "float16")])
+def test_plain_calls(emulator: Any, heads: int, dim: int, exact: str) -> None:
+    checked = Checked(emulator, blocks(256 if dim == 80 else 192), heads, dim, 3, exact=exact)
+    for n in (3, 30, 170):
+        checked.append(n)
+        for group in (1, 4, 9):
+            checked.check_plain(group)
+    checked.cache.crop([201, 77, 4])
+    for _ in range(3):
+        checked.check_plain(4)
+
+
 @pytest.mark.parametrize(
     ("heads", "dim", "scheme"), [(3, 96, blocks(256)), (1, 64, blocks(32, "head"))]
 )

@@ -21,15 +21,15 @@ extern "C" int emulate(const AttendArguments* a, int dim, int kind, int bulk, in
     return bulk ? run(nqkv::Wide<D, PER_TOKEN, BLOCK, true, KEY, VALUE>()) : run(nqkv::Wide<D, PER_TOKEN, BLOCK, false, KEY, VALUE>());
 #define MIXED_KEYS(D, KEY, VALUE) \
   case D + 1000 * 2 * (10 * VALUE + KEY + 1): return run(nqkv::Wide<D, false, 4, true, KEY, VALUE>());
-// Zero points: kind 400, and 402 with codes of 2 bits.
-#define ZERO_POINTS(D)                                                                                                         \
-  case D + 1000 * 400:                                                                                                         \
-    return bulk ? run(nqkv::Grouped<nqkv::Shape<D, false, 2, true>>()) : run(nqkv::Grouped<nqkv::Shape<D, false, 2, false>>()); \
-  case D + 1000 * 402:                                                                                                         \
+// Zero points: kind 400, and 402 with codes of 2 bits; two scales of a token: kind 405. Ten times the type of a plain call more.
+#define ZERO_POINTS(D, TYPE)              \
+  case D + 1000 * (400 + 10 * TYPE):      \
+    return bulk ? run(nqkv::Grouped<nqkv::Shape<D, false, 2, true, TYPE>>()) : run(nqkv::Grouped<nqkv::Shape<D, false, 2, false, TYPE>>());
+#define ZERO_POINTS_2(D) \
+  case D + 1000 * 402:   \
     return bulk ? run(nqkv::Grouped<nqkv::Wide<D, false, 2, true, 2, 2>>()) : run(nqkv::Grouped<nqkv::Wide<D, false, 2, false, 2, 2>>());
-// Two scales of a token: kind 405.
-#define TWO_SCALES(D) \
-  case D + 1000 * 405: return bulk ? run(nqkv::Split<D, true>()) : run(nqkv::Split<D, false>());
+#define TWO_SCALES(D, TYPE) \
+  case D + 1000 * (405 + 10 * TYPE): return bulk ? run(nqkv::Split<D, true, TYPE>()) : run(nqkv::Split<D, false, TYPE>());
   switch (dim + 1000 * kind) {
 #ifdef WIDTHS
     WIDE(64, false, 4, 2, 2)
@@ -51,13 +51,20 @@ extern "C" int emulate(const AttendArguments* a, int dim, int kind, int bulk, in
     MIXED_KEYS(128, nqkv::MIXED, 4)
     MIXED_KEYS(128, nqkv::MIXED8, 8)
 #elif defined(GROUPS)
-    ZERO_POINTS(64)
-    ZERO_POINTS(128)
+    ZERO_POINTS(64, 0)
+    ZERO_POINTS(64, BF)
+    ZERO_POINTS(128, 0)
+    ZERO_POINTS(128, BF)
+    ZERO_POINTS(128, F16)
+    ZERO_POINTS_2(64)
+    ZERO_POINTS_2(128)
 #elif defined(TWO)
-    TWO_SCALES(64)
-    TWO_SCALES(80)
-    TWO_SCALES(96)
-    TWO_SCALES(128)
+    TWO_SCALES(64, 0)
+    TWO_SCALES(80, 0)
+    TWO_SCALES(80, BF)
+    TWO_SCALES(96, 0)
+    TWO_SCALES(128, 0)
+    TWO_SCALES(128, F16)
 #else
     SHAPE(64, false, 4)
     SHAPE(80, false, 4)
