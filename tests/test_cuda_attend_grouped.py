@@ -15,7 +15,7 @@ from test_cuda_attend import BOUND, check, make, pytestmark, reference, tokens  
 from nqkv_rs import _attend  # noqa: E402
 
 
-def check_plain(cache: Any, group: int) -> None:
+def check_plain(cache: Any, group: int, scale: float | None = None) -> None:
     """One query in the exact tokens' dtype, with no log-sum-exp: another kernel at 4 bits."""
     dtype = getattr(torch, cache.core.exact_dtype)
     batch, heads, dim = cache.core.batch, cache.core.kv_heads * group, cache.key_dim
@@ -23,8 +23,8 @@ def check_plain(cache: Any, group: int) -> None:
     q = torch.randn((batch, heads, 1, dim), device="cuda", generator=generator).to(dtype)
     out = torch.full((batch, 1, heads, dim), torch.nan, dtype=dtype, device="cuda")
     assert _attend.refusal(cache, q, out, None) is None
-    cache.attend_into(q, out, None)
-    expected, _ = reference(cache, q)
+    cache.attend_into(q, out, scale)
+    expected, _ = reference(cache, q, scale)
     rounding = 2**-9 if dtype == torch.bfloat16 else 2**-12
     assert float((out.double() - expected).norm() / expected.norm()) <= BOUND + rounding
 
@@ -121,6 +121,7 @@ def test_scales(bits: int, v_scale: float) -> None:
             words = {"k_scale": k_scale, "v_scale": v_scale, "offset": 1.0}
             cache.append(*tokens(cache, 500, **words))
             check(cache, 4, scale=1 / (k_scale * math.sqrt(dim)))
+            check_plain(cache, 4, 1 / (k_scale * math.sqrt(dim)))
 
 
 @pytest.mark.parametrize("bits", [4, 2])

@@ -98,6 +98,7 @@ def test_scales(heads: int, dim: int, scheme: Any, v_scale: float) -> None:
         words = {"k_scale": k_scale, "v_scale": v_scale, "offset": 1.0}
         cache.append(*tokens(cache, 300, **words))
         check(cache, 4, scale=1 / (k_scale * math.sqrt(dim)))
+        check_plain(cache, 4, 1 / (k_scale * math.sqrt(dim)))
 
 
 def test_blocks_of_zeros() -> None:
@@ -110,7 +111,7 @@ def test_blocks_of_zeros() -> None:
     size[2::3, 64:] *= 1e-3
     cache.append(*((x.float() * size).to(x.dtype) for x in (k, v)))
     check(cache, 4, scale=0.01)
-    check_plain(cache, 4)
+    check_plain(cache, 4, 0.01)
 
 
 @pytest.mark.parametrize(("heads", "dim", "scheme"), SPANS)
