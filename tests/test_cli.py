@@ -96,3 +96,13 @@ def test_errors_are_sentences_not_tracebacks(
     monkeypatch.setitem(sys.modules, "rich", None)
     assert cli.main(["demo"]) == 1
     assert 'pip install "nqkv-rs[demo]"' in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    code = "import sys; from nqkv_rs.cli import main; sys.exit(main(['doctor']))"
+    with subprocess.Popen(
+        [sys.executable, "-u", "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as command:
+        assert command.stdout and command.stderr
+        command.stdout.close()
+        assert (command.wait(), command.stderr.read()) == (141, b"")

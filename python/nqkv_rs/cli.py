@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -19,7 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0, or 1 after an error that was explained on standard error, or 130 after
-        Ctrl-C. Wrong usage raises ``SystemExit(2)``, as argparse does.
+        Ctrl-C, or 141 if nobody reads the output any more (``| head``). Wrong usage raises
+        ``SystemExit(2)``, as argparse does.
     """
     parser = argparse.ArgumentParser(
         prog="nqkv-rs", description="Quantized KV caches: see one work, and see what runs here."
@@ -35,9 +37,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sub.set_defaults(run=module.run)
     options = parser.parse_args(arguments)
     try:
-        return int(options.run(options))
+        status = int(options.run(options))
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        # What is still buffered would fail again when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ImportError, OSError, ValueError, NotImplementedError, RuntimeError) as error:
         # These are written for users; a traceback would bury them.
         print(f"nqkv-rs {options.command}: {error}", file=sys.stderr)
