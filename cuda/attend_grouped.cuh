@@ -122,11 +122,7 @@ template <class S, class C> DEVICE void add_page(State<S>& state, const uint32_t
         b[i] = product(p[i], fields.template scale<i, j / S::BLOCK>());
       });
     }
-    uint32_t w[C::WORDS];
-    codes.template get<j>(w);
-#pragma unroll
-    for (int x = 0; x < 4; x++) C::template multiply<1>(state.out[j], w, x, lane4, b[2 * x], b[2 * x + 1]);
-    codes.template used<j>();
+    multiply_values<j>(state.out[j], codes, lane4, b);
   });
 }
 

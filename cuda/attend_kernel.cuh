@@ -396,43 +396,28 @@ template <class S> DEVICE void attend(const AttendArguments& a) {
 
 }  // namespace nqkv
 
-#define ATTEND_SHAPE(NAME, ...)                                                               \
-  extern "C" __global__ void __launch_bounds__(32 * nqkv::Shape<__VA_ARGS__>::MOST_WARPS, 1) \
-      NAME(const __grid_constant__ AttendArguments a) {                                       \
-    nqkv::attend<nqkv::Shape<__VA_ARGS__>>(a);                                                \
+#define ATTEND_KERNEL(NAME, ...)                                                                                           \
+  extern "C" __global__ void __launch_bounds__(32 * __VA_ARGS__::MOST_WARPS, 1) NAME(const __grid_constant__ AttendArguments a) { \
+    nqkv::attend<__VA_ARGS__>(a);                                                                                          \
   }
 // Any call, and plain ones in bfloat16 and float16.
-#define ATTEND(NAME, ...)                    \
-  ATTEND_SHAPE(NAME, __VA_ARGS__)            \
-  ATTEND_SHAPE(NAME##_bf16, __VA_ARGS__, BF) \
-  ATTEND_SHAPE(NAME##_fp16, __VA_ARGS__, F16)
+#define ATTEND(NAME, ...)                                 \
+  ATTEND_KERNEL(NAME, nqkv::Shape<__VA_ARGS__>)            \
+  ATTEND_KERNEL(NAME##_bf16, nqkv::Shape<__VA_ARGS__, BF>) \
+  ATTEND_KERNEL(NAME##_fp16, nqkv::Shape<__VA_ARGS__, F16>)
 
 // Keys of KEY bits, or mixed, and values of VALUE bits.
-#define ATTEND_WIDE(NAME, D, PER_TOKEN, BLOCK, BULK, KEY, VALUE)                                                                  \
-  extern "C" __global__ void __launch_bounds__(32 * nqkv::Wide<D, PER_TOKEN, BLOCK, BULK, KEY, VALUE>::MOST_WARPS, 1)             \
-      NAME(const __grid_constant__ AttendArguments a) {                                                                          \
-    nqkv::attend<nqkv::Wide<D, PER_TOKEN, BLOCK, BULK, KEY, VALUE>>(a);                                                           \
-  }
+#define ATTEND_WIDE(NAME, D, PER_TOKEN, BLOCK, BULK, KEY, VALUE) ATTEND_KERNEL(NAME, nqkv::Wide<D, PER_TOKEN, BLOCK, BULK, KEY, VALUE>)
 
 // Zero points: keys and values of 4 bits, and of 2.
-#define ATTEND_GROUPED_SHAPE(NAME, ...)                                                        \
-  extern "C" __global__ void __launch_bounds__(32 * nqkv::Grouped<__VA_ARGS__>::MOST_WARPS, 1) \
-      NAME(const __grid_constant__ AttendArguments a) {                                        \
-    nqkv::attend<nqkv::Grouped<__VA_ARGS__>>(a);                                               \
-  }
-#define ATTEND_GROUPED(NAME, D, BULK)                                   \
-  ATTEND_GROUPED_SHAPE(NAME, nqkv::Shape<D, false, 2, BULK>)            \
-  ATTEND_GROUPED_SHAPE(NAME##_bf16, nqkv::Shape<D, false, 2, BULK, BF>) \
-  ATTEND_GROUPED_SHAPE(NAME##_fp16, nqkv::Shape<D, false, 2, BULK, F16>)
-#define ATTEND_GROUPED_2(NAME, D, BULK) ATTEND_GROUPED_SHAPE(NAME, nqkv::Wide<D, false, 2, BULK, 2, 2>)
+#define ATTEND_GROUPED(NAME, D, BULK)                                           \
+  ATTEND_KERNEL(NAME, nqkv::Grouped<nqkv::Shape<D, false, 2, BULK>>)            \
+  ATTEND_KERNEL(NAME##_bf16, nqkv::Grouped<nqkv::Shape<D, false, 2, BULK, BF>>) \
+  ATTEND_KERNEL(NAME##_fp16, nqkv::Grouped<nqkv::Shape<D, false, 2, BULK, F16>>)
+#define ATTEND_GROUPED_2(NAME, D, BULK) ATTEND_KERNEL(NAME, nqkv::Grouped<nqkv::Wide<D, false, 2, BULK, 2, 2>>)
 
 // Two scales of a token.
-#define ATTEND_SPLIT_SHAPE(NAME, ...)                                                        \
-  extern "C" __global__ void __launch_bounds__(32 * nqkv::Split<__VA_ARGS__>::MOST_WARPS, 1) \
-      NAME(const __grid_constant__ AttendArguments a) {                                      \
-    nqkv::attend<nqkv::Split<__VA_ARGS__>>(a);                                               \
-  }
-#define ATTEND_SPLIT(NAME, ...)                    \
-  ATTEND_SPLIT_SHAPE(NAME, __VA_ARGS__)            \
-  ATTEND_SPLIT_SHAPE(NAME##_bf16, __VA_ARGS__, BF) \
-  ATTEND_SPLIT_SHAPE(NAME##_fp16, __VA_ARGS__, F16)
+#define ATTEND_SPLIT(NAME, ...)                           \
+  ATTEND_KERNEL(NAME, nqkv::Split<__VA_ARGS__>)            \
+  ATTEND_KERNEL(NAME##_bf16, nqkv::Split<__VA_ARGS__, BF>) \
+  ATTEND_KERNEL(NAME##_fp16, nqkv::Split<__VA_ARGS__, F16>)

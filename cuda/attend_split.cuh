@@ -36,11 +36,7 @@ template <class S, class C> DEVICE void split_scores(float (&score)[4][4], const
     constexpr int j = decltype(index)::value;
     if (j > 0 && j == q.end[0]) scaled([](float2 s) { return __fdividef(s.x, s.y == 0.f ? NO_SCALE : s.y); });
     const uint2 b = q.slab(j);
-    uint32_t w[C::WORDS];
-    codes.template get<j>(w);
-#pragma unroll
-    for (int x = 0; x < 4; x++) C::template multiply<0>(score[x], w, x, lane4, b.x, b.y);
-    codes.template used<j>();
+    multiply_keys<j>(score, codes, lane4, b.x, b.y);
   });
   const bool two = q.end[0] < S::SLABS;
   scaled([&](float2 s) { return !two ? s.x : s.y == 0.f ? NO_SCALE : s.y; });
@@ -75,11 +71,7 @@ template <class S, class C> DEVICE void add_page(State<S>& state, const uint32_t
 #pragma unroll
       for (int i = 0; i < 8; i++) b[i] = second[i];
     }
-    uint32_t w[C::WORDS];
-    codes.template get<j>(w);
-#pragma unroll
-    for (int x = 0; x < 4; x++) C::template multiply<1>(state.out[j], w, x, lane4, b[2 * x], b[2 * x + 1]);
-    codes.template used<j>();
+    multiply_values<j>(state.out[j], codes, lane4, b);
   });
 }
 

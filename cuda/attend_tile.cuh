@@ -253,6 +253,22 @@ template <class S> struct Streamed {
   }
 };
 
+// Adds slab J of a page, times columns: of its keys to the scores of each tile, of its values to results.
+template <int J, class C> DEVICE void multiply_keys(float (&score)[4][4], const C& codes, uint32_t lane4, uint32_t b0, uint32_t b1) {
+  uint32_t w[C::WORDS];
+  codes.template get<J>(w);
+#pragma unroll
+  for (int x = 0; x < 4; x++) C::template multiply<0>(score[x], w, x, lane4, b0, b1);
+  codes.template used<J>();
+}
+template <int J, class C> DEVICE void multiply_values(float (&out)[4], const C& codes, uint32_t lane4, const uint32_t (&b)[8]) {
+  uint32_t w[C::WORDS];
+  codes.template get<J>(w);
+#pragma unroll
+  for (int x = 0; x < 4; x++) C::template multiply<1>(out, w, x, lane4, b[2 * x], b[2 * x + 1]);
+  codes.template used<J>();
+}
+
 // Dot products with a page's 64 tokens: [tile of 16][token g, columns; token g + 8, columns]. `fields` are in shared memory.
 template <class S, class C> DEVICE void page_scores(float (&score)[4][4], Queries<S>& q, const C& codes, uint32_t fields, uint32_t lane4) {
   const int lane = threadIdx.x & 31, g = lane / 4, t = lane % 4;
@@ -262,11 +278,7 @@ template <class S, class C> DEVICE void page_scores(float (&score)[4][4], Querie
     unrolled<S::SLABS>([&](auto index) {
       constexpr int j = decltype(index)::value;
       const uint2 b = q.slab(j);
-      uint32_t w[C::WORDS];
-      codes.template get<j>(w);
-#pragma unroll
-      for (int x = 0; x < 4; x++) C::template multiply<0>(score[x], w, x, lane4, b.x, b.y);
-      codes.template used<j>();
+      multiply_keys<j>(score, codes, lane4, b.x, b.y);
     });
     const uint4 s = load_shared(fields + g * 16);  // tokens g and g + 8 of each tile
 #pragma unroll
@@ -390,11 +402,7 @@ template <class S, class C> DEVICE void add_page(State<S>& state, const uint32_t
         b[x] = transposed(product(weight[x], __byte_perm(scale.word[i / 2], 0, i % 2 ? 0x3232 : 0x1010)));
       }
     }
-    uint32_t w[C::WORDS];
-    codes.template get<j>(w);
-#pragma unroll
-    for (int x = 0; x < 4; x++) C::template multiply<1>(state.out[j], w, x, lane4, b[2 * x], b[2 * x + 1]);
-    codes.template used<j>();
+    multiply_values<j>(state.out[j], codes, lane4, b);
   });
 }
 
