@@ -326,6 +326,24 @@ class Checked:
         wrong = np.abs(lse[~nothing] - some) / (1 + np.abs(some))
         assert wrong.max(initial=0) <= 1e-3
 
+    def check_masks(self) -> None:
+        """Windows, starts and a cap; pages that are cut, and go on. For a batch of four."""
+        self.append(300)
+        for window in (1, 15, 64, 65, 290):
+            self.check(4, window=window)
+            self.check(2, queries=3, window=window)
+        self.check(4, starts=[0, 3, 130, 299])
+        self.check(2, queries=5, starts=[0, 3, 130, 299], window=170)
+        self.check(4, starts=[0, 300, 301, 10**6])
+        self.check(4, soft_cap=5.0)
+        for lengths, more in (([300, 77, 5, 299], 100), ([301, 170, 105, 320], 90)):
+            self.cache.crop(lengths)
+            self.check(4)
+            self.append(more)
+            self.check(4)
+            self.check(2, queries=4)
+            self.check(1, queries=3, window=200, starts=[70, 3, 0, 1])
+
 
 SHAPES = [
     (s, d)
@@ -348,22 +366,7 @@ def test_shapes(emulator: Any, scheme: str, dim: int) -> None:
 
 @pytest.mark.parametrize("scheme", ["nqkv4", "nqkv"])
 def test_masks(emulator: Any, scheme: str) -> None:
-    checked = Checked(emulator, scheme, 2, 64, 4)
-    checked.append(300)
-    for window in (1, 15, 64, 65, 290):
-        checked.check(4, window=window)
-        checked.check(2, queries=3, window=window)
-    checked.check(4, starts=[0, 3, 130, 299])
-    checked.check(2, queries=5, starts=[0, 3, 130, 299], window=170)
-    checked.check(4, starts=[0, 300, 301, 10**6])
-    checked.check(4, soft_cap=5.0)
-    for lengths, more in (([300, 77, 5, 299], 100), ([301, 170, 105, 320], 90)):
-        checked.cache.crop(lengths)
-        checked.check(4)
-        checked.append(more)
-        checked.check(4)
-        checked.check(2, queries=4)
-        checked.check(1, queries=3, window=200, starts=[70, 3, 0, 1])
+    Checked(emulator, scheme, 2, 64, 4).check_masks()
 
 
 @pytest.mark.parametrize("scheme", ["nqkv4", "nqkv"])

@@ -71,22 +71,7 @@ def test_plain_calls(emulator: Any, heads: int, dim: int, exact: str) -> None:
     ("heads", "dim", "scheme"), [(3, 96, blocks(256)), (1, 64, blocks(32, "head"))]
 )
 def test_masks(emulator: Any, heads: int, dim: int, scheme: Scheme) -> None:
-    checked = Checked(emulator, replace(scheme, sink_tokens=5), heads, dim, 4)
-    checked.append(300)
-    for window in (1, 15, 64, 65, 290):
-        checked.check(4, window=window)
-        checked.check(2, queries=3, window=window)
-    checked.check(4, starts=[0, 3, 130, 299])
-    checked.check(2, queries=5, starts=[0, 3, 130, 299], window=170)
-    checked.check(4, starts=[0, 300, 301, 10**6])
-    checked.check(4, soft_cap=5.0)
-    for lengths, more in (([300, 77, 5, 299], 100), ([301, 170, 105, 320], 90)):
-        checked.cache.crop(lengths)
-        checked.check(4)
-        checked.append(more)
-        checked.check(4)
-        checked.check(2, queries=4)
-        checked.check(1, queries=3, window=200, starts=[70, 3, 0, 1])
+    Checked(emulator, replace(scheme, sink_tokens=5), heads, dim, 4).check_masks()
 
 
 @pytest.mark.parametrize("k_scale", [1e-6, 1.0, 1e3])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -124,6 +124,60 @@ def check(
     return error
 
 
+def check_plain(cache: Any, group: int, scale: float | None = None) -> None:
+    """One query in the exact tokens' dtype, with no log-sum-exp: another kernel at 4 bits."""
+    dtype = getattr(torch, cache.core.exact_dtype)
+    batch, heads, dim = cache.core.batch, cache.core.kv_heads * group, cache.key_dim
+    generator = torch.Generator(device="cuda").manual_seed(8)
+    q = torch.randn((batch, heads, 1, dim), device="cuda", generator=generator).to(dtype)
+    out = torch.full((batch, 1, heads, dim), torch.nan, dtype=dtype, device="cuda")
+    assert _attend.refusal(cache, q, out, None) is None
+    cache.attend_into(q, out, scale)
+    expected, _ = reference(cache, q, scale)
+    rounding = 2**-9 if dtype == torch.bfloat16 else 2**-12
+    assert float((out.double() - expected).norm() / expected.norm()) <= BOUND + rounding
+
+
+def check_masks(cache: Any) -> None:
+    """Windows, starts and a cap, on a batch of four."""
+    cache.append(*tokens(cache, 500))
+    for window in (1, 15, 63, 64, 65, 130, 490):
+        for queries in (1, 2, 5):
+            check(cache, 4, queries, window=window)
+    check(cache, 4, starts=[0, 3, 130, 499])
+    check(cache, 2, queries=6, starts=[0, 3, 130, 499], window=300)
+    check(cache, 4, starts=[0, 500, 501, 10**6])  # nothing to attend
+    check(cache, 4, soft_cap=5.0)
+
+
+def cut_and_go_on(cache: Any) -> Iterator[None]:
+    """Pages before the last hold fewer than 64 tokens, in a batch of three; after each step."""
+    for i, (n, lengths) in enumerate(
+        [(400, [300, 77, 5]), (200, [433, 201, 170]), (150, [500, 340, 171]), (90, None)]
+    ):
+        cache.append(*tokens(cache, n, seed=i))
+        if lengths is not None:
+            cache.crop(lengths)
+        yield
+
+
+def check_repeatable(cache: Any) -> None:
+    """Any and plain calls give the same bits twenty times, on a batch of five."""
+    cache.append(*tokens(cache, 2000))
+    cache.crop([2000, 1, 700, 1999, 130])
+    shape = (5, 4 * cache.core.kv_heads, 1, cache.key_dim)
+    q = torch.randn(shape, device="cuda").bfloat16()
+    first, lse = run(cache, q)
+    plain = torch.empty((5, 1, *shape[1::2]), dtype=torch.bfloat16, device="cuda")
+    cache.attend_into(q, plain, None)
+    for _ in range(20):
+        again = run(cache, q)
+        assert torch.equal(first, again[0]) and torch.equal(lse, again[1])
+        out = torch.full_like(plain, torch.nan)
+        cache.attend_into(q, out, None)
+        assert torch.equal(out, plain)
+
+
 @pytest.mark.parametrize("length", [1, 4, 5, 40, 63, 64, 65, 99, 100, 101, 164, 1000, 4097])
 @pytest.mark.parametrize("scheme", ["nqkv4", "nqkv"])
 def test_lengths(scheme: str, length: int) -> None:
@@ -191,12 +245,7 @@ def test_starts_and_soft_cap(scheme: str) -> None:
 def test_partial_pages_anywhere(scheme: str) -> None:
     """Cut and go on: pages before the last hold fewer than 64 tokens."""
     cache = make(scheme, heads=2, dim=128, batch=3)
-    for i, (n, lengths) in enumerate(
-        [(400, [300, 77, 5]), (200, [433, 201, 170]), (150, [500, 340, 171]), (90, None)]
-    ):
-        cache.append(*tokens(cache, n, seed=i))
-        if lengths is not None:
-            cache.crop(lengths)
+    for _ in cut_and_go_on(cache):
         check(cache, 4)
         check(cache, 4, queries=4)
         check(cache, 4, queries=2, window=100)

@@ -10,23 +10,16 @@ import pytest
 torch = pytest.importorskip("torch")
 import test_cuda_attend  # noqa: E402
 from test_attend_grouped_emulated import kivi  # noqa: E402
-from test_cuda_attend import BOUND, check, make, pytestmark, reference, tokens  # noqa: E402, F401
-
-from nqkv_rs import _attend  # noqa: E402
-
-
-def check_plain(cache: Any, group: int, scale: float | None = None) -> None:
-    """One query in the exact tokens' dtype, with no log-sum-exp: another kernel at 4 bits."""
-    dtype = getattr(torch, cache.core.exact_dtype)
-    batch, heads, dim = cache.core.batch, cache.core.kv_heads * group, cache.key_dim
-    generator = torch.Generator(device="cuda").manual_seed(8)
-    q = torch.randn((batch, heads, 1, dim), device="cuda", generator=generator).to(dtype)
-    out = torch.full((batch, 1, heads, dim), torch.nan, dtype=dtype, device="cuda")
-    assert _attend.refusal(cache, q, out, None) is None
-    cache.attend_into(q, out, scale)
-    expected, _ = reference(cache, q, scale)
-    rounding = 2**-9 if dtype == torch.bfloat16 else 2**-12
-    assert float((out.double() - expected).norm() / expected.norm()) <= BOUND + rounding
+from test_cuda_attend import (  # noqa: E402
+    check,
+    check_masks,
+    check_plain,
+    check_repeatable,
+    cut_and_go_on,
+    make,
+    pytestmark,  # noqa: F401
+    tokens,
+)
 
 
 @pytest.mark.parametrize("group", [1, 4, 7, 8, 9, 16])
@@ -57,27 +50,14 @@ def test_batches_of_mixed_lengths(bits: int) -> None:
 @pytest.mark.parametrize("bits", [4, 2])
 @pytest.mark.parametrize("dim", [64, 128])
 def test_masks(bits: int, dim: int) -> None:
-    cache = make(kivi(bits, sinks=5), heads=2, dim=dim, batch=4)
-    cache.append(*tokens(cache, 500))
-    for window in (1, 15, 63, 64, 65, 130, 490):
-        for queries in (1, 2, 5):
-            check(cache, 4, queries, window=window)
-    check(cache, 4, starts=[0, 3, 130, 499])
-    check(cache, 2, queries=6, starts=[0, 3, 130, 499], window=300)
-    check(cache, 4, starts=[0, 500, 501, 10**6])  # nothing to attend
-    check(cache, 4, soft_cap=5.0)
+    check_masks(make(kivi(bits, sinks=5), heads=2, dim=dim, batch=4))
 
 
 @pytest.mark.parametrize("bits", [4, 2])
 @pytest.mark.parametrize("dim", [64, 128])
 def test_partial_pages_anywhere(bits: int, dim: int) -> None:
     cache = make(kivi(bits), heads=2, dim=dim, batch=3)
-    for i, (n, lengths) in enumerate(
-        [(400, [300, 77, 5]), (200, [433, 201, 170]), (150, [500, 340, 171]), (90, None)]
-    ):
-        cache.append(*tokens(cache, n, seed=i))
-        if lengths is not None:
-            cache.crop(lengths)
+    for _ in cut_and_go_on(cache):
         check(cache, 4)
         check_plain(cache, 4)
         check(cache, 4, queries=4)
@@ -149,19 +129,7 @@ def test_other_codebooks(book: Any) -> None:
 @pytest.mark.parametrize("bits", [4, 2])
 @pytest.mark.parametrize("dim", [64, 128])
 def test_repeatable(bits: int, dim: int) -> None:
-    cache = make(f"kivi{bits}", heads=8, dim=dim, batch=5)
-    cache.append(*tokens(cache, 2000))
-    cache.crop([2000, 1, 700, 1999, 130])
-    q = torch.randn((5, 32, 1, dim), device="cuda").bfloat16()
-    first, lse = test_cuda_attend.run(cache, q)
-    plain = torch.empty((5, 1, 32, dim), dtype=torch.bfloat16, device="cuda")
-    cache.attend_into(q, plain, None)
-    for _ in range(20):
-        again = test_cuda_attend.run(cache, q)
-        assert torch.equal(first, again[0]) and torch.equal(lse, again[1])
-        out = torch.full_like(plain, torch.nan)
-        cache.attend_into(q, out, None)
-        assert torch.equal(out, plain)
+    check_repeatable(make(f"kivi{bits}", heads=8, dim=dim, batch=5))
 
 
 @pytest.mark.parametrize("bits", [4, 2])

@@ -11,8 +11,16 @@ import pytest
 torch = pytest.importorskip("torch")
 import test_cuda_attend  # noqa: E402
 from test_attend_split_emulated import SHAPES, blocks  # noqa: E402
-from test_cuda_attend import check, make, pytestmark, tokens  # noqa: E402, F401
-from test_cuda_attend_grouped import check_plain  # noqa: E402
+from test_cuda_attend import (  # noqa: E402
+    check,
+    check_masks,
+    check_plain,
+    check_repeatable,
+    cut_and_go_on,
+    make,
+    pytestmark,  # noqa: F401
+    tokens,
+)
 
 SPANS = [s for s in SHAPES if s[2].key.span == "heads"]
 # One for each head size.
@@ -43,26 +51,13 @@ def test_the_preset(dim: int, heads: int) -> None:
 
 @pytest.mark.parametrize(("heads", "dim", "scheme"), FEW)
 def test_masks(heads: int, dim: int, scheme: Any) -> None:
-    cache = make(replace(scheme, sink_tokens=5), heads=heads, dim=dim, batch=4)
-    cache.append(*tokens(cache, 500))
-    for window in (1, 15, 63, 64, 65, 130, 490):
-        for queries in (1, 2, 5):
-            check(cache, 4, queries, window=window)
-    check(cache, 4, starts=[0, 3, 130, 499])
-    check(cache, 2, queries=6, starts=[0, 3, 130, 499], window=300)
-    check(cache, 4, starts=[0, 500, 501, 10**6])  # nothing to attend
-    check(cache, 4, soft_cap=5.0)
+    check_masks(make(replace(scheme, sink_tokens=5), heads=heads, dim=dim, batch=4))
 
 
 @pytest.mark.parametrize(("heads", "dim", "scheme"), FEW)
 def test_partial_pages_anywhere(heads: int, dim: int, scheme: Any) -> None:
     cache = make(scheme, heads=heads, dim=dim, batch=3)
-    for i, (n, lengths) in enumerate(
-        [(400, [300, 77, 5]), (200, [433, 201, 170]), (150, [500, 340, 171]), (90, None)]
-    ):
-        cache.append(*tokens(cache, n, seed=i))
-        if lengths is not None:
-            cache.crop(lengths)
+    for _ in cut_and_go_on(cache):
         check(cache, 4)
         check_plain(cache, 4)
         check(cache, 4, queries=4)
@@ -116,19 +111,7 @@ def test_blocks_of_zeros() -> None:
 
 @pytest.mark.parametrize(("heads", "dim", "scheme"), SPANS)
 def test_repeatable(heads: int, dim: int, scheme: Any) -> None:
-    cache = make(scheme, heads=heads, dim=dim, batch=5)
-    cache.append(*tokens(cache, 2000))
-    cache.crop([2000, 1, 700, 1999, 130])
-    q = torch.randn((5, 4 * heads, 1, dim), device="cuda").bfloat16()
-    first, lse = test_cuda_attend.run(cache, q)
-    plain = torch.empty((5, 1, 4 * heads, dim), dtype=torch.bfloat16, device="cuda")
-    cache.attend_into(q, plain, None)
-    for _ in range(20):
-        again = test_cuda_attend.run(cache, q)
-        assert torch.equal(first, again[0]) and torch.equal(lse, again[1])
-        out = torch.full_like(plain, torch.nan)
-        cache.attend_into(q, out, None)
-        assert torch.equal(out, plain)
+    check_repeatable(make(scheme, heads=heads, dim=dim, batch=5))
 
 
 def test_a_graph_attends_while_lengths_change() -> None:
