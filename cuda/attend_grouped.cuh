@@ -94,14 +94,7 @@ template <class S> struct GroupedFields {
 
 // Adds a page's values.
 template <class S, class C> DEVICE void add_page(State<S>& state, const uint32_t (&weight)[8], const C& codes, GroupedFields<S>& fields, uint32_t lane4) {
-  constexpr int WORDS = GroupedFields<S>::WORDS;
-  __half2 top = __habs2(halves(fields.word[0]));
-#pragma unroll
-  for (int i = 1; i < WORDS; i++) top = __hmax2(top, __habs2(halves(fields.word[i])));
-  state.fit(fmaxf(__low2float(top), __high2float(top)));
-  const uint32_t down = bits(__float2half2_rn(power_of_two(-state.unit)));
-#pragma unroll
-  for (int i = 0; i < WORDS; i++) fields.word[i] = product(fields.word[i], down);
+  into_unit(state, fields.word);
   uint32_t p[8], b[8];
 #pragma unroll
   for (int i = 0; i < 8; i++) p[i] = transposed(weight[i]);

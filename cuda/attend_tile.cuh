@@ -382,16 +382,21 @@ template <class S> struct Scales {
   }
 };
 
-// Adds a page's values.
-template <class S, class C> DEVICE void add_page(State<S>& state, const uint32_t (&weight)[8], const C& codes, Scales<S>& scale, uint32_t lane4) {
-  constexpr int BLOCKS = S::BLOCKS;
-  __half2 top = __habs2(halves(scale.word[0]));
+// Fields of a page's values in units of the results', which make room for them.
+template <class S, int N> DEVICE void into_unit(State<S>& state, uint32_t (&fields)[N]) {
+  __half2 top = __habs2(halves(fields[0]));
 #pragma unroll
-  for (int i = 1; i < 4 * BLOCKS; i++) top = __hmax2(top, __habs2(halves(scale.word[i])));
+  for (int i = 1; i < N; i++) top = __hmax2(top, __habs2(halves(fields[i])));
   state.fit(fmaxf(__low2float(top), __high2float(top)));
   const uint32_t down = bits(__float2half2_rn(power_of_two(-state.unit)));
 #pragma unroll
-  for (int i = 0; i < 4 * BLOCKS; i++) scale.word[i] = product(scale.word[i], down);
+  for (int i = 0; i < N; i++) fields[i] = product(fields[i], down);
+}
+
+// Adds a page's values.
+template <class S, class C> DEVICE void add_page(State<S>& state, const uint32_t (&weight)[8], const C& codes, Scales<S>& scale, uint32_t lane4) {
+  constexpr int BLOCKS = S::BLOCKS;
+  into_unit(state, scale.word);
   uint32_t b[8];
   unrolled<S::SLABS>([&](auto index) {
     constexpr int j = decltype(index)::value, block = j / S::BLOCK;
