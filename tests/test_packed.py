@@ -73,10 +73,10 @@ DECODE = textwrap.dedent(
     ids = torch.randint(0, 97, (1, 8192))
 
     def resident():
-        # Pages that the allocators hold but nobody uses are not the cache's.
+        # Not the cache's: what allocators hold but nobody uses, libraries' code as it first runs.
         ctypes.CDLL(None).malloc_trim(0)
         with open("/proc/self/status") as file:
-            return 1024 * int(next(x for x in file if x.startswith("VmRSS")).split()[1])
+            return 1024 * int(next(x for x in file if x.startswith("RssAnon")).split()[1])
 
     def feed(cache, ids, sizes):
         at = 0
@@ -85,9 +85,9 @@ DECODE = textwrap.dedent(
             at += n
 
     with torch.inference_mode():
-        # Everything that is allocated once: threads, kernels' scratch memory.
+        # Everything that is allocated once: threads, what allocators keep of the masks.
         warm = NqkvCache(model.config, strict=True)
-        feed(warm, ids, [64] * 8 + [1] * 8)
+        feed(warm, ids, [128] * 63 + [1] * 8)
         del warm
         before = resident()
         cache = NqkvCache(model.config, strict=True)
@@ -110,7 +110,7 @@ def test_memory_grows_by_the_caches_own_total() -> None:
     got = json.loads(done.stdout.splitlines()[-1])
     print(got)
     assert got["dense"] == 2 * 8192 * 8 * 512
-    # 1 MiB besides: the interpreter's own heap, and one chunk's activations kept by an allocator.
-    assert got["growth"] <= got["total"] * 1.10 + 2**20
+    # 1 MiB besides: the interpreter's own heap. Nor less: the cache before gave its memory back.
+    assert 0.8 * got["total"] <= got["growth"] <= got["total"] * 1.10 + 2**20
     # The bound means something: a dense cache, or one dense copy, would not fit.
     assert got["total"] < 0.32 * got["dense"]
