@@ -12,6 +12,8 @@ use crate::tensor::View;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
+mod avx512;
+#[cfg(target_arch = "x86_64")]
 mod codes;
 mod fast;
 #[cfg(target_arch = "x86_64")]

@@ -17,10 +17,17 @@ pub(super) const GROUP: usize = 4;
 /// What a 32-bit sum may reach, with room for rounding each factor up.
 pub(super) const RANGE: f32 = 2_147_000_000.0;
 
-/// Sixteen 16-bit integers, aligned as a register.
-#[derive(Debug, Clone, Copy, Default)]
-#[repr(C, align(32))]
-pub(super) struct Words(pub(super) [i16; 16]);
+/// What a line of 64 bytes is multiplied with: 16-bit integers for its first 32 bytes, then for the others. Where each 32 tokens
+/// have their own, one for each of these, and another for the line's second half.
+#[derive(Debug, Clone, Copy)]
+#[repr(C, align(64))]
+pub(super) struct Words(pub(super) [i16; 32]);
+
+impl Default for Words {
+    fn default() -> Self {
+        Self([0; 32])
+    }
+}
 
 /// 16 levels as integers: `step` times them is close to the levels.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -122,9 +129,9 @@ macro_rules! shared {
 macro_rules! split {
     ($low:ident $high:ident $at:literal) => {
         concat!(
-            "vpmaddwd {t}, {y}, ymmword ptr [{w} + 2*",
+            "vpmaddwd {t}, {y}, ymmword ptr [{w} + ",
             $at,
-            "]\nvpmaddwd {a}, {x}, ymmword ptr [{w} + 2*",
+            "]\nvpmaddwd {a}, {x}, ymmword ptr [{w} + ",
             $at,
             " + 32]\n",
             "vpaddd {",
@@ -173,37 +180,33 @@ macro_rules! body {
     };
 }
 
-/// Adds the products of the levels of 32 bytes of codes, of low and then of high nibbles, with `C` columns of words at `w` each,
-/// or with `SPLIT` twice as many, to the lower and upper sums of the columns.
+/// Adds the products of the levels of 32 bytes of codes, of low and then of high nibbles, with the half at `w` of `C` columns of
+/// words each, or with `SPLIT` the whole of them, to the lower and upper sums of the columns.
 ///
 /// In assembly because eight sums, two tables, a mask and what is at work just fit in 16 registers, and a compiler that knows what
 /// the instructions do reorders the sums and runs out of them: a third of the time.
 ///
 /// # Safety
-/// `w` must have `2 C` (or `4 C`) aligned words.
+/// There must be `2 C` words, of which `w` is the first's first or second half.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn multiply_add<const C: usize, const SPLIT: bool>(
     sums: &mut [[__m256i; 2]; C],
     codes: __m256i,
     tables: [__m256i; 3],
-    w: *const Words,
+    w: *const u8,
 ) {
     // SAFETY: reads words, writes registers.
     unsafe {
         match (C, SPLIT) {
-            (1, false) => body!(shared, sums, codes, tables, w, 0 s0 s1 0 32),
-            (2, false) => body!(shared, sums, codes, tables, w, 0 s0 s1 0 64, 1 s2 s3 32 96),
-            (3, false) => body!(shared, sums, codes, tables, w, 0 s0 s1 0 96, 1 s2 s3 32 128, 2 s4 s5 64 160),
-            (_, false) => {
-                body!(shared, sums, codes, tables, w, 0 s0 s1 0 128, 1 s2 s3 32 160, 2 s4 s5 64 192, 3 s6 s7 96 224)
-            }
-            (1, true) => body!(split, sums, codes, tables, w, 0 s0 s1 0 32),
-            (2, true) => body!(split, sums, codes, tables, w, 0 s0 s1 0 64, 1 s2 s3 32 96),
-            (3, true) => body!(split, sums, codes, tables, w, 0 s0 s1 0 96, 1 s2 s3 32 128, 2 s4 s5 64 160),
-            (_, true) => {
-                body!(split, sums, codes, tables, w, 0 s0 s1 0 128, 1 s2 s3 32 160, 2 s4 s5 64 192, 3 s6 s7 96 224)
-            }
+            (1, false) => body!(shared, sums, codes, tables, w, 0 s0 s1 0 64),
+            (2, false) => body!(shared, sums, codes, tables, w, 0 s0 s1 0 128, 1 s2 s3 64 192),
+            (3, false) => body!(shared, sums, codes, tables, w, 0 s0 s1 0 192, 1 s2 s3 64 256, 2 s4 s5 128 320),
+            (_, false) => body!(shared, sums, codes, tables, w, 0 s0 s1 0 256, 1 s2 s3 64 320, 2 s4 s5 128 384, 3 s6 s7 192 448),
+            (1, true) => body!(split, sums, codes, tables, w, 0 s0 s1 0 64),
+            (2, true) => body!(split, sums, codes, tables, w, 0 s0 s1 0 128, 1 s2 s3 64 192),
+            (3, true) => body!(split, sums, codes, tables, w, 0 s0 s1 0 192, 1 s2 s3 64 256, 2 s4 s5 128 320),
+            (_, true) => body!(split, sums, codes, tables, w, 0 s0 s1 0 256, 1 s2 s3 64 320, 2 s4 s5 128 384, 3 s6 s7 192 448),
         }
     }
 }
@@ -217,12 +220,12 @@ pub(super) struct Score {
     pub(super) start: *const [f32; 8],
 }
 
-/// Scores of `C` queries with the 64 tokens of some slabs, one for each of `levels`. `q` is `[slab][half][c%2][C]`, or with `SPLIT`
-/// `[..][C][2]`: another for each 32 tokens. `factors` is `[slab / FLUSH][C]`; products are also multiplied by `scales`, 64 or null.
+/// Scores of `C` queries with the 64 tokens of some slabs, one for each of `levels`. `q` is `[slab][c%2][C]`, or with `SPLIT`
+/// `[slab][half][c%2][C]`. `factors` is `[slab / FLUSH][C]`; products are also multiplied by `scales`, 64 or null.
 /// Fetches the 512 bytes per slab at `next`, and a line of each of `fields`, on the way.
 ///
 /// # Safety
-/// `codes` must have a slab for each of `levels`, `q` four (eight) words per slab and column, each score 64 places; no sum may
+/// `codes` must have a slab for each of `levels`, `q` two (four) words per slab and column, each score 64 places; no sum may
 /// leave 32 bits.
 #[allow(clippy::needless_range_loop, clippy::too_many_arguments)] // Columns index everything.
 #[inline(never)]
@@ -241,7 +244,6 @@ pub(super) unsafe fn key_page<const C: usize, const SPLIT: bool>(
     let order = _mm256_setr_epi8(
         0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15, 0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15,
     );
-    let wide = 1 + usize::from(SPLIT);
     // By slabs first: codes are read in the order in which they lie. Sums wait in memory, one fused multiply-add away.
     let mut rows = [[[_mm256_setzero_ps(); 2]; C]; 8];
     // Here, not on the way: one more thing in the loop below makes it a seventh slower.
@@ -261,7 +263,11 @@ pub(super) unsafe fn key_page<const C: usize, const SPLIT: bool>(
                     // SAFETY: inside the slab, and inside q.
                     unsafe {
                         let x = _mm256_loadu_si256(codes.add(at + 32 * half).cast());
-                        let q = q.add((slab * 2 + half) * 2 * C * wide);
+                        let q = if SPLIT {
+                            q.add((slab * 2 + half) * 2 * C).cast()
+                        } else {
+                            q.add(slab * 2 * C).cast::<u8>().add(32 * half)
+                        };
                         multiply_add::<C, SPLIT>(&mut sums, _mm256_shuffle_epi8(x, order), tables, q);
                     }
                 }
@@ -295,11 +301,11 @@ pub(super) unsafe fn key_page<const C: usize, const SPLIT: bool>(
 }
 
 /// Adds the values of at most [`GROUP`] pages, weighted, to `acc`, `[line][C][2]`: a line is the neighbours `c, c + 8`. `pages`
-/// has the codes of each and what to fetch meanwhile. `w` is `[page][block][half][n%2][C]`, `blocks` the block of each line,
+/// has the codes of each and what to fetch meanwhile. `w` is `[page][block][n%2][C]`, `blocks` the block of each line,
 /// `steps` is `[block][4]`, the first `C` in use. If `fresh`, what stands in `acc` counts as 0.
 ///
 /// # Safety
-/// Each page must have 64 bytes, `acc` `2 C` lanes, for each of `blocks`; `w` four words per block, page and column; no sum may
+/// Each page must have 64 bytes, `acc` `2 C` lanes, for each of `blocks`; `w` two words per block, page and column; no sum may
 /// leave 32 bits.
 #[inline(never)]
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -321,14 +327,14 @@ pub(super) unsafe fn value_pages<const C: usize>(
         let mut sum = [[_mm256_setzero_si256(); 2]; C];
         // SAFETY: the caller's bounds.
         unsafe {
-            let mut w = w.add(block * 4 * C);
+            let mut w = w.add(block * 2 * C);
             for &(codes, next) in pages {
                 _mm_prefetch::<_MM_HINT_T0>(next.wrapping_add(64 * line).cast());
                 for half in 0..2 {
                     let x = _mm256_loadu_si256(codes.add(64 * line + 32 * half).cast());
-                    multiply_add::<C, false>(&mut sum, _mm256_shuffle_epi8(x, order), tables, w.wrapping_add(2 * half * C));
+                    multiply_add::<C, false>(&mut sum, _mm256_shuffle_epi8(x, order), tables, w.cast::<u8>().add(32 * half));
                 }
-                w = w.wrapping_add(steps.len() * 4 * C);
+                w = w.wrapping_add(steps.len() * 2 * C);
             }
         }
         for (c, (to, sums)) in acc.chunks_exact_mut(2).zip(sum).enumerate() {

@@ -111,7 +111,7 @@ impl Queries {
         let columns = 8 * self.eights.len() / stored;
         self.groups = fields.map_or(1, |f| PAGE_TOKENS / f.group);
         self.read(fields);
-        self.words.resize(columns * stored / 4 * self.wide(), Words::default());
+        self.words.resize(columns * stored / 8 * self.wide(), Words::default());
         self.factors.resize(columns * self.chunks.len(), 0.0);
         self.errors.resize(columns, 0.0);
         self.bases.resize(columns, [0.0; 8]);
@@ -125,7 +125,7 @@ impl Queries {
         }
     }
 
-    /// Words for each eight channels, column and parity: one, or two if tokens differ.
+    /// Words for each slab, column and parity: one, or two if tokens differ.
     fn wide(&self) -> usize {
         if self.groups > 1 { 2 } else { 1 }
     }
@@ -181,6 +181,7 @@ impl Queries {
             for (k, &(slab, slabs)) in self.chunks[n..].iter().take(2).enumerate() {
                 for g in 0..groups {
                     let (mut sum, mut square) = ([_mm256_setzero_ps(); C], [_mm256_setzero_ps(); C]);
+                    let mut base: [__m256; C] = std::array::from_fn(|c| bases[c][g]);
                     for at in (slab * SLAB_CHANNELS..(slab + slabs) * SLAB_CHANNELS).step_by(8) {
                         // SAFETY: eight channels of columns and groups, as asserted.
                         unsafe {
@@ -191,11 +192,12 @@ impl Queries {
                                 let x = &*eights.as_ptr().add(at / 8 * C + c);
                                 sum[c] = _mm256_fmadd_ps(size, _mm256_load_ps(x.sizes.0.as_ptr()), sum[c]);
                                 square[c] = _mm256_fmadd_ps(square_of, _mm256_load_ps(x.squares.0.as_ptr()), square[c]);
-                                bases[c][g] = _mm256_fmadd_ps(mean, _mm256_load_ps(x.q.0.as_ptr()), bases[c][g]);
+                                base[c] = _mm256_fmadd_ps(mean, _mm256_load_ps(x.q.0.as_ptr()), base[c]);
                             }
                         }
                     }
                     for c in 0..C {
+                        bases[c][g] = base[c];
                         // The larger of each part bounds what any token group has.
                         sums[4 * k + c] = _mm256_max_ps(sums[4 * k + c], sum[c]);
                         squares[4 * k + c] = _mm256_max_ps(squares[4 * k + c], square[c]);
@@ -261,23 +263,24 @@ impl Queries {
     #[target_feature(enable = "avx2,fma,f16c")]
     fn round<const C: usize>(&mut self, first: usize, (slab, slabs): (usize, usize), factors: [f32; C]) {
         let (pick, stored) = (picks(), self.stored);
-        let words = &mut self.words[first * stored / 4 + slab * 4 * C..][..slabs * 4 * C];
+        let words = &mut self.words[first * stored / 8 + slab * 2 * C..][..slabs * 2 * C];
         let scales = &self.scales[slab * SLAB_CHANNELS..][..slabs * SLAB_CHANNELS];
         let eights = &self.eights[first * stored / 8 + slab * C * SLAB_CHANNELS / 8..][..slabs * C * SLAB_CHANNELS / 8];
-        for (eight, (scale, words)) in scales.chunks_exact(8).zip(words.chunks_exact_mut(2 * C)).enumerate() {
-            // SAFETY: eight channels of each column, and 2 C words.
+        for (eight, scale) in scales.chunks_exact(8).enumerate() {
+            let words = &mut words[eight / 2 * 2 * C..][..2 * C];
+            // SAFETY: eight channels of each column, and a half of 2 C words.
             unsafe {
-                let (scale, to) = (_mm256_loadu_ps(scale.as_ptr()), words.as_mut_ptr().cast::<__m256i>());
+                let (scale, to) = (_mm256_loadu_ps(scale.as_ptr()), words.as_mut_ptr().cast::<__m256i>().add(eight % 2));
                 let row = |c: usize| rounded(&*eights.as_ptr().add(C * eight + c), scale, factors[c]);
                 for c in (0..C).step_by(2) {
                     // Two columns share a register.
                     let both = [row(c), row((c + 1).min(C - 1))];
                     let x = _mm256_packs_epi32(both[0], both[1]);
-                    _mm256_store_si256(to.add(c), _mm256_shuffle_epi8(x, pick[0]));
-                    _mm256_store_si256(to.add(C + c), _mm256_shuffle_epi8(x, pick[1]));
+                    _mm256_store_si256(to.add(2 * c), _mm256_shuffle_epi8(x, pick[0]));
+                    _mm256_store_si256(to.add(2 * (C + c)), _mm256_shuffle_epi8(x, pick[1]));
                     if c + 1 < C {
-                        _mm256_store_si256(to.add(c + 1), _mm256_shuffle_epi8(x, pick[2]));
-                        _mm256_store_si256(to.add(C + c + 1), _mm256_shuffle_epi8(x, pick[3]));
+                        _mm256_store_si256(to.add(2 * (c + 1)), _mm256_shuffle_epi8(x, pick[2]));
+                        _mm256_store_si256(to.add(2 * (C + c + 1)), _mm256_shuffle_epi8(x, pick[3]));
                     }
                 }
             }
@@ -289,11 +292,11 @@ impl Queries {
     #[target_feature(enable = "avx2,fma,f16c")]
     fn round_split<const C: usize>(&mut self, first: usize, (slab, slabs): (usize, usize), factors: [f32; C]) {
         let (pick, stored, groups) = (picks(), self.stored, self.groups);
-        let words = &mut self.words[2 * (first * stored / 4 + slab * 4 * C)..][..2 * slabs * 4 * C];
+        let words = &mut self.words[2 * (first * stored / 8 + slab * 2 * C)..][..2 * slabs * 2 * C];
         let scales = &self.scales[slab * SLAB_CHANNELS..][..(groups - 1) * stored + slabs * SLAB_CHANNELS];
         let eights = &self.eights[first * stored / 8 + slab * C * SLAB_CHANNELS / 8..][..slabs * C * SLAB_CHANNELS / 8];
-        for (eight, words) in words.chunks_exact_mut(4 * C).enumerate() {
-            // SAFETY: eight channels of each column and group, and 4 C words.
+        for (eight, words) in words.chunks_exact_mut(2 * C).enumerate() {
+            // SAFETY: eight channels of each column and group, and 2 C words.
             unsafe {
                 let to = words.as_mut_ptr().cast::<__m256i>();
                 // Four numbers of a half are tokens 8 k.
@@ -328,7 +331,7 @@ impl Queries {
     pub(in crate::attention) fn integers(&self, first: usize, share: usize, range: usize) -> (*const Words, &[f32]) {
         let (slab, chunk) = self.starts[range];
         let end = self.starts.get(range + 1).map_or(self.chunks.len(), |s| s.1);
-        let words = &self.words[(first * self.stored / 4 + slab * 4 * share) * self.wide()..];
+        let words = &self.words[(first * self.stored / 8 + slab * 2 * share) * self.wide()..];
         (words.as_ptr(), &self.factors[first * self.chunks.len()..][chunk * share..end * share])
     }
 

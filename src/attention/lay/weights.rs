@@ -82,7 +82,7 @@ pub(in crate::attention) enum Reading {
 /// Weights of the values of a group of pages.
 #[derive(Default)]
 pub(in crate::attention) struct Weights {
-    /// `[page][pair][half][n%2][column]`.
+    /// `[page][pair][n%2][column]`.
     words: Vec<Words>,
     /// What a step of the integers is worth, `[page][pair][column]`.
     steps: Vec<[f32; SHARED]>,
@@ -128,7 +128,7 @@ impl Weights {
         self.spent.resize(columns * pairs, [0.0; 2]);
     }
 
-    /// Lays out `C` columns from `first` on for integers, `[page][pair][half][n%2][C]`, as far as they are close enough.
+    /// Lays out `C` columns from `first` on for integers, `[page][pair][n%2][C]`, as far as they are close enough.
     #[target_feature(enable = "avx2,fma,f16c")]
     pub(in crate::attention) fn lay<'a, const C: usize>(
         &mut self,
@@ -147,7 +147,7 @@ impl Weights {
         }
         self.steps.resize(pages * count, [0.0; SHARED]);
         self.factors.resize(pages * count, [0.0; SHARED]);
-        self.words.resize(pages * count * 4 * C, Words::default());
+        self.words.resize(pages * count * 2 * C, Words::default());
         self.tried.clone_from(&self.spent);
         let mut together = true;
         for (at, sizes) in self.sizes.iter().enumerate() {
@@ -207,8 +207,8 @@ impl Weights {
         scales: &Scales,
         weights: &impl Fn(usize, usize) -> &'a [f32],
     ) {
-        let words = &mut self.words[page * pairs.len() * 4 * C..][..pairs.len() * 4 * C];
-        for ((pair, words), factors) in pairs.iter().zip(words.chunks_exact_mut(4 * C)).zip(&self.factors[page * pairs.len()..]) {
+        let words = &mut self.words[page * pairs.len() * 2 * C..][..pairs.len() * 2 * C];
+        for ((pair, words), factors) in pairs.iter().zip(words.chunks_exact_mut(2 * C)).zip(&self.factors[page * pairs.len()..]) {
             let scale: &[f32; PAGE_TOKENS] = scales.of(page, pair[0]).try_into().expect("64 scales");
             for i in 0..C {
                 let p: &[f32; PAGE_TOKENS] = weights(i, page).try_into().expect("64 weights");
@@ -224,7 +224,7 @@ impl Weights {
                     // Halves of a register are two rows: this one and the one two further.
                     let x = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(row(r), row(r + 2)));
                     // SAFETY: 16 aligned words.
-                    unsafe { _mm256_store_si256(words[at * C + i].0.as_mut_ptr().cast(), x) };
+                    unsafe { _mm256_store_si256(words[at % 2 * C + i].0[at / 2 * 16..].as_mut_ptr().cast(), x) };
                 }
             }
         }
@@ -232,7 +232,7 @@ impl Weights {
 
     /// Words and steps (times the levels' step) of a page and those after it.
     pub(in crate::attention) fn integers(&self, page: usize, pairs: usize, share: usize) -> (*const Words, &[[f32; 4]]) {
-        (self.words[page * pairs * 4 * share..].as_ptr(), &self.steps[page * pairs..][..pairs])
+        (self.words[page * pairs * 2 * share..].as_ptr(), &self.steps[page * pairs..][..pairs])
     }
 
     /// Lays out `share` columns of one page in fp32: `[pair][n/16][half][n%2][share]`.
