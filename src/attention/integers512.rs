@@ -170,7 +170,7 @@ unsafe fn lines<const C: usize, const N: usize>(
     w: *const Words,
     page_words: usize,
     steps: &[f32; 4],
-    acc: &mut [Lane],
+    acc: *mut Lane,
     fresh: bool,
 ) {
     let mut sums = [[[_mm512_setzero_si512(); 2]; C]; N];
@@ -196,9 +196,9 @@ unsafe fn lines<const C: usize, const N: usize>(
     }
     for n in 0..N {
         for c in 0..C {
-            let to = acc[2 * ((line + n) * C + c)..][..2].as_mut_ptr().cast::<f32>();
             // SAFETY: two lanes.
             unsafe {
+                let to = acc.add(2 * ((line + n) * C + c)).cast::<f32>();
                 let before = if fresh { _mm512_setzero_ps() } else { _mm512_loadu_ps(to) };
                 _mm512_storeu_ps(to, _mm512_fmadd_ps(fold(sums[n][c]), _mm512_set1_ps(steps[c]), before));
             }
@@ -220,6 +220,8 @@ pub(super) unsafe fn value_pages<const C: usize>(
     acc: &mut [Lane],
     fresh: bool,
 ) {
+    assert!(acc.len() >= 2 * C * blocks.len());
+    let acc = acc.as_mut_ptr();
     let (table, page_words) = (book.load_wide(), steps.len() * 2 * C);
     let mut line = 0;
     while line < blocks.len() {
