@@ -169,8 +169,6 @@ impl Queries {
     fn part<const C: usize>(&mut self, first: usize) {
         let (stored, groups, limits, all) = (self.stored, self.groups, self.limits, |x: f32| _mm256_set1_ps(x));
         let eights = &self.eights[first * stored / 8..][..C * stored / 8];
-        assert!(self.scales.len() == groups * stored);
-        assert!(self.means.len() == groups * stored && self.chunks.iter().all(|c| (c.0 + c.1) * SLAB_CHANNELS <= stored));
         let mut bases = [[_mm256_setzero_ps(); 4]; C];
         let mut factors = [[0.0; C]; MAX_HEAD_DIM / SLAB_CHANNELS];
         self.errors[first..first + C].fill(0.0);
@@ -182,14 +180,16 @@ impl Queries {
                 for g in 0..groups {
                     let (mut sum, mut square) = ([_mm256_setzero_ps(); C], [_mm256_setzero_ps(); C]);
                     let mut base: [__m256; C] = std::array::from_fn(|c| bases[c][g]);
-                    for at in (slab * SLAB_CHANNELS..(slab + slabs) * SLAB_CHANNELS).step_by(8) {
-                        // SAFETY: eight channels of columns and groups, as asserted.
+                    let channels = g * stored + slab * SLAB_CHANNELS..g * stored + (slab + slabs) * SLAB_CHANNELS;
+                    let scales = self.scales[channels.clone()].chunks_exact(8);
+                    let eights = eights[slab * C * SLAB_CHANNELS / 8..].chunks_exact(C);
+                    for ((scale, mean), eights) in scales.zip(self.means[channels].chunks_exact(8)).zip(eights) {
+                        // SAFETY: eight channels of columns and groups.
                         unsafe {
-                            let scale = _mm256_loadu_ps(self.scales.as_ptr().add(g * stored + at));
-                            let mean = _mm256_loadu_ps(self.means.as_ptr().add(g * stored + at));
+                            let (scale, mean) = (_mm256_loadu_ps(scale.as_ptr()), _mm256_loadu_ps(mean.as_ptr()));
                             let (size, square_of) = (magnitude(scale), _mm256_mul_ps(scale, scale));
                             for c in 0..C {
-                                let x = &*eights.as_ptr().add(at / 8 * C + c);
+                                let x = &eights[c];
                                 sum[c] = _mm256_fmadd_ps(size, _mm256_load_ps(x.sizes.0.as_ptr()), sum[c]);
                                 square[c] = _mm256_fmadd_ps(square_of, _mm256_load_ps(x.squares.0.as_ptr()), square[c]);
                                 base[c] = _mm256_fmadd_ps(mean, _mm256_load_ps(x.q.0.as_ptr()), base[c]);
@@ -266,21 +266,24 @@ impl Queries {
         let words = &mut self.words[first * stored / 8 + slab * 2 * C..][..slabs * 2 * C];
         let scales = &self.scales[slab * SLAB_CHANNELS..][..slabs * SLAB_CHANNELS];
         let eights = &self.eights[first * stored / 8 + slab * C * SLAB_CHANNELS / 8..][..slabs * C * SLAB_CHANNELS / 8];
-        for (eight, scale) in scales.chunks_exact(8).enumerate() {
-            let words = &mut words[eight / 2 * 2 * C..][..2 * C];
-            // SAFETY: eight channels of each column, and a half of 2 C words.
-            unsafe {
-                let (scale, to) = (_mm256_loadu_ps(scale.as_ptr()), words.as_mut_ptr().cast::<__m256i>().add(eight % 2));
-                let row = |c: usize| rounded(&*eights.as_ptr().add(C * eight + c), scale, factors[c]);
-                for c in (0..C).step_by(2) {
-                    // Two columns share a register.
-                    let both = [row(c), row((c + 1).min(C - 1))];
-                    let x = _mm256_packs_epi32(both[0], both[1]);
-                    _mm256_store_si256(to.add(2 * c), _mm256_shuffle_epi8(x, pick[0]));
-                    _mm256_store_si256(to.add(2 * (C + c)), _mm256_shuffle_epi8(x, pick[1]));
-                    if c + 1 < C {
-                        _mm256_store_si256(to.add(2 * (c + 1)), _mm256_shuffle_epi8(x, pick[2]));
-                        _mm256_store_si256(to.add(2 * (C + c + 1)), _mm256_shuffle_epi8(x, pick[3]));
+        let slabs = scales.chunks_exact(SLAB_CHANNELS).zip(eights.chunks_exact(2 * C)).zip(words.chunks_exact_mut(2 * C));
+        for ((scales, eights), words) in slabs {
+            for half in 0..2 {
+                // SAFETY: eight channels of each column, and a half of 2 C words.
+                unsafe {
+                    let scale = _mm256_loadu_ps(scales.as_ptr().add(8 * half));
+                    let to = words.as_mut_ptr().cast::<__m256i>().add(half);
+                    let row = |c: usize| rounded(&eights[half * C + c], scale, factors[c]);
+                    for c in (0..C).step_by(2) {
+                        // Two columns share a register.
+                        let both = [row(c), row((c + 1).min(C - 1))];
+                        let x = _mm256_packs_epi32(both[0], both[1]);
+                        _mm256_store_si256(to.add(2 * c), _mm256_shuffle_epi8(x, pick[0]));
+                        _mm256_store_si256(to.add(2 * (C + c)), _mm256_shuffle_epi8(x, pick[1]));
+                        if c + 1 < C {
+                            _mm256_store_si256(to.add(2 * (c + 1)), _mm256_shuffle_epi8(x, pick[2]));
+                            _mm256_store_si256(to.add(2 * (C + c + 1)), _mm256_shuffle_epi8(x, pick[3]));
+                        }
                     }
                 }
             }
