@@ -65,9 +65,8 @@ pub(super) fn exp_sums(x: &mut [f32], max: f32) -> [f32; 8] {
             }
             for (i, e) in exp(e).into_iter().enumerate() {
                 _mm512_storeu_ps(group.as_mut_ptr().add(16 * i), e);
-                let high = _mm512_castps_pd(e);
-                sums = _mm256_add_ps(sums, _mm512_castps512_ps256(e));
-                sums = _mm256_add_ps(sums, _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(high)));
+                let high = _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(e)));
+                sums = _mm256_add_ps(_mm256_add_ps(sums, _mm512_castps512_ps256(e)), high);
             }
         }
     }

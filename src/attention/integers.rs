@@ -19,15 +19,9 @@ pub(super) const RANGE: f32 = 2_147_000_000.0;
 
 /// What a line of 64 bytes is multiplied with: 16-bit integers for its first 32 bytes, then for the others. Where each 32 tokens
 /// have their own, one for each of these, and another for the line's second half.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 #[repr(C, align(64))]
 pub(super) struct Words(pub(super) [i16; 32]);
-
-impl Default for Words {
-    fn default() -> Self {
-        Self([0; 32])
-    }
-}
 
 /// 16 levels as integers: `step` times them is close to the levels.
 #[derive(Debug, Clone, Copy, PartialEq)]

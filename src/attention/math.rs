@@ -108,9 +108,10 @@ pub(super) fn exp_sum(simd: Simd, x: &mut [f32], max: f32) -> f32 {
     if done {
         // SAFETY: the features were found.
         sums = unsafe {
-            match simd.avx512() && eights.len() % 32 == 0 {
-                true => super::avx512::exp_sums(eights, max),
-                false => super::avx2::exp_sums(eights, max),
+            if simd.avx512() && eights.len() % 32 == 0 {
+                super::avx512::exp_sums(eights, max)
+            } else {
+                super::avx2::exp_sums(eights, max)
             }
         };
     }
