@@ -6,6 +6,9 @@ import pytest
 
 import nqkv_rs
 
+# Its assertions say what they compared, as those of test files do.
+pytest.register_assert_rewrite("cuda_attend")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if nqkv_rs.cuda_is_available():

@@ -8,18 +8,19 @@ from typing import Any
 import pytest
 
 torch = pytest.importorskip("torch")
-import test_cuda_attend  # noqa: E402
-from test_attend_grouped_emulated import kivi  # noqa: E402
-from test_cuda_attend import (  # noqa: E402
+from cuda_attend import (  # noqa: E402
     check,
+    check_graph,
     check_masks,
     check_plain,
     check_repeatable,
+    code_bytes,
     cut_and_go_on,
     make,
     pytestmark,  # noqa: F401
     tokens,
 )
+from test_attend_grouped_emulated import kivi  # noqa: E402
 
 
 @pytest.mark.parametrize("group", [1, 4, 7, 8, 9, 16])
@@ -81,7 +82,7 @@ def test_unused_bytes_mean_nothing(bits: int, dim: int) -> None:
             cache.pool[0][row][:, place : place + size] = 0xFF
             if bits == 4:
                 for value in (False, True):
-                    for byte, nibble in test_cuda_attend.code_bytes(n, value, dim):
+                    for byte, nibble in code_bytes(n, value, dim):
                         cache.pool[0][row][:, byte + half * value] |= 0xF0 if nibble else 0x0F
     assert check(cache, 4) == clean
     # A group of keys that has no token: scales that are NaNs count as large ones.
@@ -134,4 +135,4 @@ def test_repeatable(bits: int, dim: int) -> None:
 
 @pytest.mark.parametrize("bits", [4, 2])
 def test_a_graph_attends_while_lengths_change(bits: int) -> None:
-    test_cuda_attend.test_a_graph_attends_while_lengths_change(kivi(bits), 1)
+    check_graph(kivi(bits), 1)

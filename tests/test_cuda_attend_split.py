@@ -9,18 +9,19 @@ from typing import Any
 import pytest
 
 torch = pytest.importorskip("torch")
-import test_cuda_attend  # noqa: E402
-from test_attend_split_emulated import SHAPES, blocks  # noqa: E402
-from test_cuda_attend import (  # noqa: E402
+from cuda_attend import (  # noqa: E402
     check,
+    check_graph,
     check_masks,
     check_plain,
     check_repeatable,
+    code_bytes,
     cut_and_go_on,
     make,
     pytestmark,  # noqa: F401
     tokens,
 )
+from test_attend_split_emulated import SHAPES, blocks  # noqa: E402
 
 SPANS = [s for s in SHAPES if s[2].key.span == "heads"]
 # One for each head size.
@@ -78,7 +79,7 @@ def test_unused_bytes_mean_nothing(heads: int, dim: int, scheme: Any) -> None:
             for value in (False, True):
                 at = place + half * value
                 cache.pool[0][row][:, at : at + 4] = 0xFF
-                for byte, nibble in test_cuda_attend.code_bytes(n, value, dim):
+                for byte, nibble in code_bytes(n, value, dim):
                     cache.pool[0][row][:, byte + half * value] |= 0xF0 if nibble else 0x0F
     assert check(cache, 4) == clean
     check_plain(cache, 4)
@@ -115,4 +116,4 @@ def test_repeatable(heads: int, dim: int, scheme: Any) -> None:
 
 
 def test_a_graph_attends_while_lengths_change() -> None:
-    test_cuda_attend.test_a_graph_attends_while_lengths_change(blocks(192), 1)
+    check_graph(blocks(192), 1)

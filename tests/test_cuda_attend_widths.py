@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 torch = pytest.importorskip("torch")
-import test_cuda_attend  # noqa: E402
+import cuda_attend  # noqa: E402
+from cuda_attend import pytestmark  # noqa: E402, F401
 from test_attend_widths_emulated import MIXED, even, mixed  # noqa: E402
-from test_cuda_attend import pytestmark  # noqa: E402, F401
 
 BOOKS = [
     "nf2",
@@ -30,17 +30,17 @@ BOOKS = [
 @pytest.mark.parametrize("preset", ["nqkv4", "nqkv"])
 def test_one_width(preset: str, dim: int, book: Any) -> None:
     for exact in ("bfloat16", "float16"):
-        cache = test_cuda_attend.make(even(preset, book), heads=2, dim=dim, batch=3, exact=exact)
+        cache = cuda_attend.make(even(preset, book), heads=2, dim=dim, batch=3, exact=exact)
         for i, n in enumerate((1, 64, 300, 1000)):
-            cache.append(*test_cuda_attend.tokens(cache, n, seed=i))
+            cache.append(*cuda_attend.tokens(cache, n, seed=i))
             for group in (1, 4, 9):
-                test_cuda_attend.check(cache, group)
-        test_cuda_attend.check(cache, 4, queries=5, window=700)
-        test_cuda_attend.check(cache, 4, starts=[0, 70, 1364])
+                cuda_attend.check(cache, group)
+        cuda_attend.check(cache, 4, queries=5, window=700)
+        cuda_attend.check(cache, 4, starts=[0, 70, 1364])
         cache.crop([1300, 77, 5])
-        cache.append(*test_cuda_attend.tokens(cache, 170, seed=9))
-        test_cuda_attend.check(cache, 4)
-        test_cuda_attend.check(cache, 2, queries=3)
+        cache.append(*cuda_attend.tokens(cache, 170, seed=9))
+        cuda_attend.check(cache, 4)
+        cuda_attend.check(cache, 2, queries=3)
 
 
 @pytest.mark.parametrize(("widths", "value"), MIXED)
@@ -51,15 +51,15 @@ def test_mixed_keys(widths: list[int], value: str, wide: int) -> None:
         scheme = mixed(widths, value, heads)
         if value.startswith("l2signed"):
             scheme = mixed(widths, "l2absmax4-64", heads)
-        cache = test_cuda_attend.make(scheme, heads=3, dim=64 * wide, batch=2)
+        cache = cuda_attend.make(scheme, heads=3, dim=64 * wide, batch=2)
         for i, n in enumerate((5, 300, 1000)):
-            cache.append(*test_cuda_attend.tokens(cache, n, seed=i))
+            cache.append(*cuda_attend.tokens(cache, n, seed=i))
             for group in (1, 4, 9):
-                test_cuda_attend.check(cache, group)
-        test_cuda_attend.check(cache, 4, queries=5, window=700)
+                cuda_attend.check(cache, group)
+        cuda_attend.check(cache, 4, queries=5, window=700)
         cache.crop([1300, 77])
-        cache.append(*test_cuda_attend.tokens(cache, 170, seed=9))
-        test_cuda_attend.check(cache, 4)
+        cache.append(*cuda_attend.tokens(cache, 170, seed=9))
+        cuda_attend.check(cache, 4)
 
 
 @pytest.mark.parametrize(
@@ -74,19 +74,19 @@ def test_mixed_keys(widths: list[int], value: str, wide: int) -> None:
 @pytest.mark.parametrize("v_scale", [1e-6, 1.0, 1e4])
 def test_scales(scheme: Any, v_scale: float) -> None:
     for k_scale in (1e-6, 1.0, 1e3):
-        cache = test_cuda_attend.make(scheme, heads=2, dim=128, batch=2)
+        cache = cuda_attend.make(scheme, heads=2, dim=128, batch=2)
         words = {"k_scale": k_scale, "v_scale": v_scale, "offset": 1.0}
-        cache.append(*test_cuda_attend.tokens(cache, 500, **words))
-        test_cuda_attend.check(cache, 4, scale=1 / (k_scale * math.sqrt(128)))
+        cache.append(*cuda_attend.tokens(cache, 500, **words))
+        cuda_attend.check(cache, 4, scale=1 / (k_scale * math.sqrt(128)))
 
 
 @pytest.mark.parametrize("book", ["nf2", "nf3", "nf8"])
 def test_repeatable(book: str) -> None:
-    cache = test_cuda_attend.make(even("nqkv4", book), heads=8, dim=128, batch=5)
-    cache.append(*test_cuda_attend.tokens(cache, 2000))
+    cache = cuda_attend.make(even("nqkv4", book), heads=8, dim=128, batch=5)
+    cache.append(*cuda_attend.tokens(cache, 2000))
     cache.crop([2000, 1, 700, 1999, 130])
     q = torch.randn((5, 32, 1, 128), device="cuda").bfloat16()
-    first = test_cuda_attend.run(cache, q)
+    first = cuda_attend.run(cache, q)
     for _ in range(50):
-        again = test_cuda_attend.run(cache, q)
+        again = cuda_attend.run(cache, q)
         assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
