@@ -12,9 +12,9 @@ use crate::tensor::View;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
-mod avx512;
-#[cfg(target_arch = "x86_64")]
 mod codes;
+#[cfg(target_arch = "x86_64")]
+mod exponentials;
 mod fast;
 #[cfg(target_arch = "x86_64")]
 mod integers;

@@ -108,11 +108,7 @@ pub(super) fn exp_sum(simd: Simd, x: &mut [f32], max: f32) -> f32 {
     if done {
         // SAFETY: the features were found.
         sums = unsafe {
-            if simd.avx512() && eights.len() % 32 == 0 {
-                super::avx512::exp_sums(eights, max)
-            } else {
-                super::avx2::exp_sums(eights, max)
-            }
+            if simd.avx512() { super::exponentials::sums_avx512(eights, max) } else { super::exponentials::sums(eights, max) }
         };
     }
     let _ = simd;
