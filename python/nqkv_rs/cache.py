@@ -23,10 +23,10 @@ Allocate = Callable[[int, int, int], Any]
 
 def _numpy_rows(rows: int, kv_heads: int, page_bytes: int) -> Any:
     # From the start of a cache line, which codes are read by.
-    shape = (rows, kv_heads, page_bytes)
-    room = np.empty(math.prod(shape) + 63, dtype=np.uint8)
+    size = rows * kv_heads * page_bytes
+    room = np.empty(size + 63, dtype=np.uint8)
     first = -room.ctypes.data % 64
-    return room[first : first + math.prod(shape)].reshape(shape)
+    return room[first : first + size].reshape(rows, kv_heads, page_bytes)
 
 
 def _allocator(allocate: Any) -> Allocate:
